@@ -1,0 +1,1 @@
+"""Composable, resumable, multi-node training of introspective variational autoencoders."""

@@ -1,0 +1,108 @@
+"""What a data source gives the engine: batches found by position, and nothing else to remember.
+
+The state of the data is one integer, the number of images served to all ranks together (nimg), plus the plan's salt.
+`Stream.batches(start, size)` begins anywhere in constant time, so resuming is calling it with another start.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Batch:
+    """This rank's part of one global batch, on the model's device.
+
+    x:        (B, *sample_shape) floating point, in the model's input range
+    position: (B,) int64, global position in the stream; keys all random draws of these samples
+    label:    (B,) int64, or None where the data have none
+    """
+
+    x: Tensor
+    position: Tensor
+    label: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+
+@dataclass
+class HostBatch:
+    """A batch as the loader yields it: bytes on the host, turned into a Batch on the device.
+
+    data:     (B, C, H, W) uint8, 0..255; or floating point of any shape, passed through unchanged (points)
+    position: (B,) int64; may be empty when this rank owns no sample of the global batch
+    mirror:   (B,) bool, which images to flip left-right, or None
+    """
+
+    data: Tensor
+    position: Tensor
+    label: Tensor | None = None
+    mirror: Tensor | None = None
+
+    def pin_memory(self) -> HostBatch:
+        """Page-locked copy, so that `to` overlaps with computation (torch's DataLoader calls this)."""
+        pin = lambda t: None if t is None else t.pin_memory()  # noqa: E731
+        return HostBatch(self.data.pin_memory(), self.position.pin_memory(), pin(self.label), pin(self.mirror))
+
+    def to(
+        self,
+        device: torch.device,
+        input_range: tuple[float, float] | None,
+        *,
+        dtype: torch.dtype = torch.float32,
+        memory_format: torch.memory_format = torch.contiguous_format,
+    ) -> Batch:
+        """Moves the bytes, then mirrors and scales 0..255 to `input_range` there: four times less traffic than floats."""
+        move = lambda t: None if t is None else t.to(device, non_blocking=True)  # noqa: E731
+        x = self.data.to(device, non_blocking=True)
+        if self.mirror is not None:
+            flip = self.mirror.to(device, non_blocking=True).view(-1, *[1] * (x.dim() - 1))
+            x = torch.where(flip, x.flip(-1), x)
+        if not x.is_floating_point():
+            low, high = input_range or (0.0, 1.0)
+            x = x.to(dtype).mul_((high - low) / 255.0).add_(low) if (low, high) != (0.0, 1.0) else x.to(dtype).div_(255.0)
+        x = x.to(dtype)
+        if x.dim() == 4:
+            x = x.contiguous(memory_format=memory_format)
+        return Batch(x, self.position.to(device, non_blocking=True), move(self.label))
+
+
+class Stream(Protocol):
+    """A resumable, rank-aware source of batches."""
+
+    sample_shape: tuple[int, ...]
+    epoch_size: int
+    classes: int  # number of label classes, 0 without labels
+    fingerprint: str  # hash of the data manifest; stored in the run, compared on resume and across ranks
+
+    def batches(self, start: int, size: int) -> Iterator[HostBatch]:
+        """Endless: this rank's samples of the global batches [start, start+size), [start+size, start+2 size), ..."""
+        ...
+
+    def held_out(self, limit: int) -> list[HostBatch]:
+        """This rank's share of the first `limit` held-out samples, in a fixed order, in small batches, not mirrored.
+
+        The union over ranks is exactly the first `limit` (or all) samples of the validation split; [] without a split.
+        """
+        ...
+
+    def close(self) -> None:
+        """Ends worker processes and closes files."""
+        ...
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Base of every dataset's configuration; `name` selects the class."""
+
+    name: str = ""
+
+    def build(self, *, seed: int, salt: int, rank: int, ranks: int) -> Stream:
+        """seed, salt: key the plan's permutations; a changed salt gives other batches for the same position."""
+        raise NotImplementedError

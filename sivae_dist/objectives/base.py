@@ -1,0 +1,107 @@
+"""What an objective is: a sequence of phases, each a pure function from networks and data to per-sample terms.
+
+An objective imports only torch. It never calls backward() or item(), and never learns of ranks, devices, precision or
+optimizers: the engine owns those. Everything it needs comes in as callables:
+
+    players.encoder(x) -> posterior with .mu and .logvar, each (B, ...)       x: (B, ...) in the model's input range
+    players.decoder(z) -> x_hat (B, ...)
+    players.prior      -> .mu and .logvar of the diagonal Gaussian prior (floats or tensors), .shape of one latent
+    noise(name)        -> standard normal (B, *prior.shape); the same name gives the same draw within an iteration
+    batch_mean(v)      -> the mean of a (B,) tensor over the whole batch on all ranks, detached (for the published
+                          hinge, which acts on the batch mean)
+
+"mean" always means: sum over the data dimensions, mean over the batch. Units: rec in squared (or absolute) input units
+summed over the data dimensions, kl in nats.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from torch import Tensor
+
+
+class Gaussian(Protocol):
+    """Diagonal Gaussian, as an encoder returns it."""
+
+    mu: Tensor
+    logvar: Tensor
+
+
+class Prior(Protocol):
+    """Diagonal Gaussian prior N(mu, exp(logvar)) over latents of `shape`."""
+
+    mu: float | Tensor
+    logvar: float | Tensor
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Players:
+    """The two networks and the prior, as the objective sees them."""
+
+    encoder: Callable[[Tensor], Gaussian]
+    decoder: Callable[[Tensor], Tensor]
+    prior: Prior
+
+
+@dataclass(frozen=True)
+class Draws:
+    """All outside help a phase gets besides the networks and the data."""
+
+    noise: Callable[[str], Tensor]
+    batch_mean: Callable[[Tensor], Tensor] = lambda per_sample: per_sample.detach().mean()
+
+
+@dataclass
+class Terms:
+    """What a phase returns.
+
+    loss:  (B,) what the phase minimises; the engine takes sum(loss) / global batch.
+    named: (B,) each, detached: rec, kl_real, kl_rec, kl_fake, exp_elbo_rec, ... for reports and tests.
+    carry: detached tensors handed to the later phases of the same iteration (the z that the decoder phase reuses).
+    """
+
+    loss: Tensor
+    named: dict[str, Tensor]
+    carry: dict[str, Tensor] = field(default_factory=dict)
+
+
+PhaseFunction = Callable[[Players, Tensor, Draws, dict[str, Tensor]], Terms]
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One optimisation step within an iteration.
+
+    trains:     players that step ("encoder", "decoder"); the others are frozen but differentiated through.
+    loss:       the pure function (players, x_real, draws, carry) -> Terms.
+    statistics: players whose batch-norm running statistics move in this phase. All networks always use batch statistics
+                while training, the frozen one too, as published.
+    """
+
+    name: str
+    trains: tuple[str, ...]
+    loss: PhaseFunction
+    statistics: tuple[str, ...] = ("encoder", "decoder")
+
+
+class Objective(Protocol):
+    """A built objective."""
+
+    def phases(self, nimg: int) -> tuple[Phase, ...]:
+        """The phases of the iteration that starts after `nimg` images (warm-ups make this depend on nimg)."""
+        ...
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """Base of every objective's configuration; `name` selects the class."""
+
+    name: str = ""
+
+    def build(self, sample_shape: tuple[int, ...], **_: Any) -> Objective:
+        """sample_shape: shape of one data sample, e.g. (3, 256, 256); its size sets the published loss scale."""
+        raise NotImplementedError
