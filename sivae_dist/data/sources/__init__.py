@@ -1,1 +1,1 @@
-"""TODO"""
+"""Datasets on disk, one file each."""
