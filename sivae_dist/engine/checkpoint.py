@@ -158,7 +158,12 @@ def complete(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
     found = [path for path in folder.iterdir() if _NAME.fullmatch(path.name) and (path / "files.json").is_file()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("nimg-")))
+    return sorted(found, key=nimg_of)
+
+
+def nimg_of(path: Path) -> int:
+    """Images seen by the checkpoint of this name."""
+    return int(path.name.removeprefix("nimg-"))
 
 
 def latest(folder: Path) -> Path | None:

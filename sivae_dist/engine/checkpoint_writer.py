@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -10,7 +11,6 @@ from pathlib import Path
 
 from sivae_dist.engine import checkpoint
 from sivae_dist.engine.checkpoint import Snapshot
-from sivae_dist.engine.run_folder import write_json
 from sivae_dist.errors import UserError
 
 
@@ -50,16 +50,16 @@ class CheckpointWriter:
         self._thread = ThreadPoolExecutor(1, "checkpoint") if config.background else None
         self._pending: Future[None] | None = None
 
-    def save(self, saved: Snapshot, metrics: dict[str, float]) -> None:
+    def save(self, saved: Snapshot) -> None:
         """Begins writing (waits for the previous one first, whose failure is raised here).
 
-        metrics: the newest evaluation, at exactly this nimg or earlier; decides which checkpoint is the best.
+        saved.state["metrics"] holds what was evaluated at exactly this nimg; it decides which checkpoint is the best.
         """
         self.wait()
         if self._thread is None:
-            self._write(saved, metrics)
+            self._write(saved)
         else:
-            self._pending = self._thread.submit(self._write, saved, metrics)
+            self._pending = self._thread.submit(self._write, saved)
 
     def wait(self) -> None:
         """Returns when nothing is being written. Raises what the writing raised."""
@@ -75,16 +75,14 @@ class CheckpointWriter:
             if self._thread is not None:
                 self._thread.shutdown()
 
-    def _write(self, saved: Snapshot, metrics: dict[str, float]) -> None:
+    def _write(self, saved: Snapshot) -> None:
         try:
-            path = checkpoint.write(self.folder, saved)
+            checkpoint.write(self.folder, saved)
         except OSError as error:
             raise UserError(
                 f"cannot write the checkpoint of {saved.nimg} images into {self.folder}: {error}",
-                "make room (or check permissions) and start the same command again: it resumes from the checkpoint before",
+                "make room (or check permissions) and run the same command again: it resumes from the one before",
             ) from error
-        if self.config.best in metrics:
-            write_json(path / "metrics.json", {"nimg": saved.nimg, **metrics})
         self._prune()
 
     def _prune(self) -> None:
@@ -97,10 +95,10 @@ class CheckpointWriter:
         if best is not None:
             keep.add(best)
         if self.config.keep_every_kimg > 0:
-            slot = lambda path: int(int(path.name.removeprefix("nimg-")) / (self.config.keep_every_kimg * 1000))  # noqa: E731
             first_of_slot: dict[int, Path] = {}
             for path in found:
-                first_of_slot.setdefault(slot(path), path)
+                slot = int(checkpoint.nimg_of(path) / (self.config.keep_every_kimg * 1000))
+                first_of_slot.setdefault(slot, path)
             keep.update(path for number, path in first_of_slot.items() if number > 0)
         for path in found:
             if path not in keep:
@@ -108,14 +106,13 @@ class CheckpointWriter:
 
 
 def best_checkpoint(config: CheckpointConfig, found: list[Path]) -> Path | None:
-    """The checkpoint whose stored metrics.json has the best value of `config.best`; None without any."""
+    """The checkpoint whose stored metrics have the best value of `config.best`; None when none was evaluated."""
     scores: list[tuple[float, Path]] = []
     for path in found:
-        file = path / "metrics.json"
-        if config.best is not None and file.is_file():
-            value = json.loads(file.read_text(encoding="utf-8")).get(config.best)
-            if isinstance(value, int | float):
-                scores.append((float(value), path))
+        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        value = state.get("metrics", {}).get(config.best)
+        if isinstance(value, int | float) and math.isfinite(value):
+            scores.append((float(value), path))
     if not scores:
         return None
     choose = max if config.best_is == "max" else min

@@ -1,4 +1,4 @@
-"""Exponential moving average of weights and buffers, with its half-life in images, so that it means the same at any batch."""
+"""Moving average of weights and buffers, with its half-life in images, so that it means the same at any batch size."""
 
 from __future__ import annotations
 
