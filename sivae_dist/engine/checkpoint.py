@@ -74,7 +74,7 @@ def restore(saved: Snapshot, model: nn.Module, ema: nn.Module, optimizers: dict[
             prefix = f"{player}/{name}/"
             stored = {k.removeprefix(prefix): v for k, v in saved.tensors["optimizer"].items() if k.startswith(prefix)}
             optimizer.state[parameter] = {
-                # Moments lie in memory as their parameter does; scalars (the step) stay on the host, as Adam keeps them.
+                # Moments lie in memory as their parameter does; the step count stays on the host, where Adam keeps it.
                 key: torch.empty_like(parameter).copy_(value) if value.shape == parameter.shape else value.clone()
                 for key, value in stored.items()
             }
@@ -120,13 +120,21 @@ def write(folder: Path, saved: Snapshot) -> Path:
     for name in [*names, "files.json"]:
         _sync(aside / name)
     _sync(aside)
-    if final.exists():  # an earlier life of this run wrote it, and is being trained over again
-        shutil.rmtree(final)
+    remove(final)  # an earlier life of this run may have written it before it was taken back
     aside.rename(final)
     _sync(folder)
     write_atomic(folder / "latest", final.name + "\n")
     _sync(folder)
     return final
+
+
+def remove(path: Path) -> None:
+    """Deletes a checkpoint so that a kill in the middle never leaves something that looks complete."""
+    if path.exists():
+        doomed = path.with_name(f".{path.name}.deleted")
+        shutil.rmtree(doomed, ignore_errors=True)
+        path.rename(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
 
 
 def read(path: Path) -> Snapshot:
