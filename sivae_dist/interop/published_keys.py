@@ -81,8 +81,8 @@ def to_ours(family: Family, published: Mapping[str, T]) -> dict[str, T]:
 def settings(family: Family, shapes: Mapping[str, Shape]) -> dict[str, Any]:
     """The fields of ResidualConfig (residual, introvae) or MlpConfig (twod) that give these published shapes.
 
-    `block` and `input_range` follow from the family, everything else from the shapes; whether the equal wide stages of an
-    IntroVAE have a 1x1 skip is decided by the presence of its key. Raises UserError when the shapes do not fit together.
+    `block` and `input_range` follow from the family, everything else from the shapes; whether equal wide stages have a
+    1x1 skip is decided by the presence of its key. Raises UserError when the shapes do not fit together.
     """
     try:
         return _twod_settings(shapes) if family == "twod" else _residual_settings(family, shapes)

@@ -2,14 +2,15 @@
 
 Encoder (n widths):  5x5 convolution, norm, LeakyReLU, /2; n - 1 times a residual block, /2; one more block; linear to
 (mu, logvar). Decoder: linear, ReLU, reshape; n times a residual block, x2; one more block; 5x5 convolution.
-The bottom map is therefore image_size / 2^n pixels wide. Sources: Huang et al., NeurIPS 2018, appendix B, and the public
-code of Daniel & Tamar, CVPR 2021; the two differ in the tail of the residual block (`block`).
+The bottom map is therefore image_size / 2^n pixels wide. Sources: Huang et al., NeurIPS 2018, appendix B, and the
+public code of Daniel & Tamar, CVPR 2021; the two differ in the tail of the residual block (`block`).
 
 Legend: B batch, C channels, H and W pixels of the current map, Z latent dimensions.
 """
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Literal
 
@@ -32,7 +33,7 @@ MOST_GROUPS = 32
 
 
 def make_norm(kind: Norm, width: int) -> nn.Module:
-    """Batch norm (eps 1e-5, momentum 0.1), or group norm with the largest number of groups up to 32 that divides width."""
+    """Batch norm (eps 1e-5, momentum 0.1), or group norm with the most groups (up to 32) that divide the width."""
     if kind == "batch":
         return nn.BatchNorm2d(width)
     return nn.GroupNorm(next(g for g in range(min(MOST_GROUPS, width), 0, -1) if width % g == 0), width)
@@ -73,7 +74,7 @@ def join_condition(features: Tensor, condition: Tensor | None, condition_dim: in
     if condition is None or condition.shape != (len(features), condition_dim):
         got = "none" if condition is None else f"shape {tuple(condition.shape)}"
         raise UserError(
-            f"the model has condition_dim {condition_dim} but was given a condition of {got} for {len(features)} samples",
+            f"the model has condition_dim {condition_dim}, the condition given for {len(features)} samples: {got}",
             f"pass a one-hot tensor of shape ({len(features)}, {condition_dim})"
             if condition_dim
             else "pass no condition, or build the model with condition_dim > 0",
@@ -91,7 +92,7 @@ class ResidualEncoder(nn.Module):
         self.stem = nn.Sequential()
         self.stem.add_module("conv", nn.Conv2d(config.channels_in, widths[0], 5, padding=2, bias=False))
         self.stem.add_module("norm", make_norm(kind, widths[0]))
-        pairs = zip(widths, widths[1:], strict=False)
+        pairs = itertools.pairwise(widths)
         self.stages = nn.ModuleList(config.make_block(a, b, between_widths=True) for a, b in pairs)
         self.last = config.make_block(widths[-1], widths[-1], between_widths=False)
         self.head = nn.Linear(widths[-1] * config.bottom**2 + config.condition_dim, 2 * config.zdim)
@@ -117,7 +118,7 @@ class ResidualDecoder(nn.Module):
         self.bounded = config.output == "sigmoid"
         self.head = nn.Linear(config.zdim + config.condition_dim, widths[0] * config.bottom**2)
         first = config.make_block(widths[0], widths[0], between_widths=False)
-        pairs = zip(widths, widths[1:], strict=False)
+        pairs = itertools.pairwise(widths)
         self.stages = nn.ModuleList([first, *(config.make_block(a, b, between_widths=True) for a, b in pairs)])
         self.last = config.make_block(widths[-1], widths[-1], between_widths=False)
         self.output = nn.Conv2d(widths[-1], config.channels_in, 5, padding=2)
@@ -125,7 +126,7 @@ class ResidualDecoder(nn.Module):
     def forward(self, z: Tensor, condition: Tensor | None = None) -> Tensor:
         """Decodes."""
         h = functional.relu(self.head(join_condition(z, condition, self.condition_dim)))
-        h = h.unflatten(1, self.bottom_shape)
+        h = h.reshape(-1, *self.bottom_shape)
         for stage in self.stages:
             h = functional.interpolate(stage(h), scale_factor=2, mode="nearest")
         x_hat: Tensor = self.output(self.last(h))
@@ -143,9 +144,9 @@ class ResidualConfig(ModelConfig):
     zdim:             latent dimensions.
     block:            where the second norm of a residual block sits; see ResidualBlock.
     norm:             "batch" as published, or "group": no batch statistics, hence nothing that depends on the batch.
-    equal_width_skip: skip of the blocks between two equal consecutive widths. "published_introvae" puts a 1x1 convolution
-                      there when the width exceeds 256: the IntroVAE code compares the integers by object identity, and
-                      widths parsed from its launch scripts are different objects from 257 up.
+    equal_width_skip: skip of the blocks between two equal consecutive widths. "published_introvae" puts a 1x1
+                      convolution there when the width exceeds 256: the IntroVAE code compares the integers by object
+                      identity, and widths parsed from its launch scripts are different objects from 257 up.
     output:           "linear" as published; "sigmoid" for rec_loss "bce", which needs probabilities.
     condition_dim:    length of the one-hot condition appended to the encoder's features and to z; 0 for none.
     """
@@ -170,10 +171,10 @@ class ResidualConfig(ModelConfig):
     @property
     def bottom(self) -> int:
         """Pixels a side of the smallest map."""
-        return self.image_size // 2 ** len(self.channels)
+        return self.image_size >> len(self.channels)
 
     def make_block(self, width_in: int, width_out: int, *, between_widths: bool) -> ResidualBlock:
-        """A block; between_widths says that the two widths are consecutive entries of `channels` (see equal_width_skip)."""
+        """A block. between_widths: the widths are consecutive entries of `channels` (see equal_width_skip)."""
         quirk = self.equal_width_skip == "published_introvae" and width_in > LARGEST_SHARED_INT
         project = width_in != width_out or (between_widths and quirk)
         return ResidualBlock(width_in, width_out, block=self.block, norm=self.norm, project=project)
@@ -206,7 +207,11 @@ class ResidualConfig(ModelConfig):
             )
 
     def build(self) -> Autoencoder:
-        """A freshly initialised network (torch's default initialisation, as published) with clean batch-norm statistics."""
+        """A freshly initialised network: torch's default initialisation, as published.
+
+        Its running statistics are clean; the public constructor feeds zeros in training mode, which leaves the encoder's
+        with one update (num_batches_tracked 1, running_var 0.9).
+        """
         self.check()
         return Autoencoder(
             ResidualEncoder(self),
