@@ -43,7 +43,9 @@ def _run(arguments: list[str]) -> None:
     if not arguments or arguments[0] in {"-h", "--help"}:
         print(_overview(known))
         return
-    raise UserError(f"there is no command {' '.join(arguments[:2])!r}", nearest(" ".join(arguments[:2]), ["train", *known]))
+    raise UserError(
+        f"there is no command {' '.join(arguments[:2])!r}", nearest(" ".join(arguments[:2]), ["train", *known])
+    )
 
 
 def _overview(known: dict[str, Callable[..., object]]) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,18 @@ from tqdm import tqdm
 
 from sivae_dist.engine.run_folder import RunFolder
 from sivae_dist.errors import UserError
+
+# What the progress line shows behind the bar, where a run reports it.
+SHOWN = {
+    "time/img_per_s": "{:.1f} img/s",
+    "time/s_per_kimg": "{:.1f} s/kimg",
+    "loss/encoder": "encoder {:.4g}",
+    "loss/decoder": "decoder {:.4g}",
+    "loss/joint": "loss {:.4g}",
+    "kl/real": "kl real {:.1f}",
+    "kl/fake": "fake {:.1f}",
+    "eval/psnr": "psnr {:.2f}",
+}
 
 
 @dataclass(frozen=True)
@@ -50,7 +61,7 @@ class Tracker:
         if not is_main:
             return
         # What an earlier life wrote after its last checkpoint is taken back: it will be lived again.
-        cut_back(run.metrics, resumed_nimg)
+        cut_back(run.metrics, resumed_nimg if resumed_nimg else -1)
         self._file = open(run.metrics, "a", encoding="utf-8")  # noqa: SIM115 (closed in close)
         if config.tensorboard:
             try:
@@ -60,8 +71,7 @@ class Tracker:
                     f"tracking.tensorboard is on, but tensorboard cannot be imported: {error}",
                     "pip install tensorboard, or set tracking.tensorboard to False",
                 ) from error
-            purge = resumed_nimg + 1 if resumed_nimg else None
-            self._writer = SummaryWriter(str(run.tensorboard), purge_step=purge)
+            self._writer = SummaryWriter(str(run.tensorboard), purge_step=resumed_nimg + 1 if resumed_nimg else 0)
 
     def scalars(self, nimg: int, values: dict[str, float]) -> None:
         """One line of metrics.jsonl and the same tags in TensorBoard."""
@@ -138,9 +148,9 @@ class Progress:
         """After an iteration."""
         self._bar.update(images / 1000)
 
-    def show(self, values: dict[str, float], wanted: Iterable[str]) -> None:
-        """Puts the newest values behind the bar."""
-        parts = [f"{tag} {values[tag]:.4g}" for tag in wanted if tag in values]
+    def show(self, values: dict[str, float]) -> None:
+        """Puts the newest speeds and losses behind the bar."""
+        parts = [pattern.format(values[tag]) for tag, pattern in SHOWN.items() if tag in values]
         self._bar.set_postfix_str(", ".join(parts), refresh=False)
 
     def say(self, text: str) -> None:
