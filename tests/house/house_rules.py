@@ -11,7 +11,7 @@ from pathlib import Path
 PACKAGE = "sivae_dist"
 FOUNDATION = {"errors", "registry", "counters", "resources"}
 MIDDLE = {"objectives", "models", "data", "distributed", "evaluation", "interop"}
-# Higher imports lower or equal, never the other way. `__init__` is the package's own file: the public API on top of all.
+# Higher imports lower or equal, never the other way. `__init__` is the package's own file: the API on top of all.
 LAYER = (
     dict.fromkeys(FOUNDATION, 0)
     | {"ops": 1}
@@ -24,7 +24,16 @@ OBJECTIVES_MAY = {"torch", *sys.stdlib_module_names}
 DISTRIBUTED_MAY = {"distributed", "ops", *FOUNDATION}
 
 UNSAFE_MODULES = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
-UNSAFE_CALLS = {"eval", "exec", "os.system", "os.popen", "yaml.unsafe_load", "yaml.full_load", "yaml.load", "yaml.load_all"}
+UNSAFE_CALLS = {
+    "eval",
+    "exec",
+    "os.system",
+    "os.popen",
+    "yaml.unsafe_load",
+    "yaml.full_load",
+    "yaml.load",
+    "yaml.load_all",
+}
 AMBIGUOUS_NAMES = {"D", "G", "netD", "netG"}
 
 
@@ -125,7 +134,9 @@ def unsafe_uses(tree: ast.Module) -> list[str]:
             modules = [node.module or ""] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
             if isinstance(node, ast.ImportFrom):
                 full = {f"{node.module}.{alias.name}" for alias in node.names}
-                bad += [f"line {node.lineno}: imports {name}" for name in sorted(full & (UNSAFE_CALLS | {"torch.load"}))]
+                bad += [
+                    f"line {node.lineno}: imports {name}" for name in sorted(full & (UNSAFE_CALLS | {"torch.load"}))
+                ]
             bad += [f"line {node.lineno}: imports {m}" for m in modules if m.split(".")[0] in UNSAFE_MODULES]
         elif isinstance(node, ast.Call):
             name = _dotted(node.func)
@@ -162,7 +173,10 @@ def ambiguous_names(tree: ast.Module) -> list[str]:
 def project_files(root: Path) -> list[Path]:
     """The files of the project: what git tracks or would track; without git (an unpacked sdist) all but caches."""
     listing = subprocess.run(
-        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=root, capture_output=True, check=False
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=root,
+        capture_output=True,
+        check=False,
     )
     if listing.returncode == 0 and (root / ".git").exists():
         names = [name for name in listing.stdout.decode().split("\0") if name]

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+MODULES = ["accelerate", "deepspeed", "webdataset", "numpy", "tensorboard", "ninja", "tyro", "safetensors", "PIL"]
+MODULES += ["yaml", "tqdm"]
 TOOLS = ["bash", "cat", "dirname", "head", "mkdir", "rm", "env", "sed"]
 
 
@@ -115,8 +117,7 @@ def test_offline_names_what_is_missing(tools: Path, tmp_path: Path) -> None:
 
 
 def test_offline_refuses_an_old_torch(tools: Path, tmp_path: Path) -> None:
-    modules = "accelerate deepspeed webdataset numpy tensorboard ninja tyro safetensors PIL yaml tqdm".split()
-    for name in [*modules, "pytest", "pytest_timeout", "hypothesis"]:
+    for name in (*MODULES, "pytest", "pytest_timeout", "hypothesis"):
         (tmp_path / "site" / name).mkdir(parents=True)
     (tmp_path / "site" / "torch.py").write_text("__version__ = '2.10.1+cu128'")
     python = bare_python(tmp_path)
