@@ -2,7 +2,8 @@
 
 Packages are listed because discovery refuses a checkout with several top-level folders. `kernels/` and `configs/` are
 not packages (a top-level `kernels` would collide with the package of that name on PyPI): wheels carry them as data,
-`sivae_dist/_kernels` and `sivae_dist/_configs`, and `sivae_dist.resources` finds them by path in wheel and checkout alike.
+`sivae_dist/_kernels` and `sivae_dist/_configs`, and `sivae_dist.resources` finds them by path, in a wheel as in a
+checkout.
 """
 
 from pathlib import Path

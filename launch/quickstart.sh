@@ -9,7 +9,7 @@ out="runs/quickstart" resolution=64 count=4096
 
 usage() {
     cat <<EOF
-Usage: ./launch/quickstart.sh [options]
+Usage: ./launch/quickstart.sh [options] [-- options for training]
 
 Draws a small synthetic data set, trains a Soft-IntroVAE on it (on a GPU if there is one, else on the CPU) and evaluates
 it. Stop it with Ctrl-C; the same command resumes.
@@ -17,10 +17,13 @@ it. Stop it with Ctrl-C; the same command resumes.
   --out RUN     folder of the run (default: $out)
 $SIVAE_SETUP_HELP
   --help        this text
+
+Example: ./launch/quickstart.sh --out runs/short -- --train.kimg 2
 EOF
 }
 
 while [ $# -gt 0 ]; do
+    [ "$1" = "--" ] && shift && break
     sivae_option "$@"
     if [ "$SIVAE_SHIFT" -gt 0 ]; then
         shift "$SIVAE_SHIFT"
@@ -39,8 +42,8 @@ sivae_threads
 cd "$root"
 data="$out-data"
 
-# The console script need not be installed (--offline), so the same function is called through Python.
-sivae_dist() { "$PY" -c 'import sys; from sivae_dist.cli import main; sys.exit(main())' "$@"; }
+# Through Python, because without an installation (--offline) there is no console script.
+sivae_dist() { "$PY" -m sivae_dist "$@"; }
 
 say
 say "1/3  Data: $count synthetic scenes of $resolution x $resolution pixels -> $data"
@@ -54,7 +57,7 @@ device="$("$PY" -c 'import torch; print(torch.cuda.get_device_name(0) if torch.c
 say
 say "2/3  Training on $device -> $out (progress: samples/ in that folder, and TensorBoard)"
 "$PY" -m accelerate.commands.launch --config_file launch/accelerate/single.yaml -m sivae_dist.train \
-    --config configs/quickstart.yaml --out "$out" "data.path=$data"
+    --config configs/quickstart.yaml --out "$out" --data.path "$data" "$@"
 
 say
 say "3/3  Evaluation"

@@ -11,7 +11,7 @@ from pathlib import Path
 PACKAGE = "sivae_dist"
 FOUNDATION = {"errors", "registry", "counters", "resources"}
 MIDDLE = {"objectives", "models", "data", "distributed", "evaluation", "interop"}
-# Higher imports lower or equal, never the other way. `__init__` is the package's own file: the public API on top of all.
+# Higher imports lower or equal, never the other way. `__init__` is the package's own file: the API on top of all.
 LAYER = (
     dict.fromkeys(FOUNDATION, 0)
     | {"ops": 1}

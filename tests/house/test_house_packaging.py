@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import shutil
@@ -41,9 +42,9 @@ def checkout(folder: Path) -> Path:
 
 def run(*command: str | Path, cwd: Path, **env: str) -> str:
     """Standard output of a command that must succeed."""
-    done = subprocess.run(
-        [str(part) for part in command], cwd=cwd, env={**os.environ, **env}, capture_output=True, text=True, timeout=300
-    )
+    words = [str(part) for part in command]
+    environment = {**os.environ, **env}
+    done = subprocess.run(words, cwd=cwd, env=environment, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -87,7 +88,8 @@ def test_source_distribution_carries_what_the_wheel_needs(source: Path, tmp_path
     code = f"from setuptools import build_meta; print(build_meta.build_sdist({str(tmp_path)!r}))"
     run(sys.executable, "-c", code, cwd=source)
     (built,) = tmp_path.glob("*.tar.gz")
-    names = {name.partition("/")[2] for name in tarfile.open(built).getnames()}
+    with tarfile.open(built) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
     assert {*PROBES, *PARTS, "launch/setup.sh", "sivae_dist/resources.py"} <= names
 
 
@@ -129,7 +131,7 @@ def test_every_requirement_is_pinned_and_explained() -> None:
     lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line and line[0] != "#"]
     assert all(re.fullmatch(r"[a-z0-9.-]+==[0-9][\w.]*", line) for line in lines)
     assert lines == sorted(set(lines), key=lambda line: line.split("==")[0])
-    wanted = names_of(project["dependencies"] + sum(project["optional-dependencies"].values(), [])) - {"sivae-dist"}
-    assert wanted <= names_of(lines)
+    direct = [*project["dependencies"], *itertools.chain(*project["optional-dependencies"].values())]
+    assert names_of(direct) - {"sivae-dist"} <= names_of(lines)
     readme = (ROOT / "README.md").read_text()
     assert not {name for name in names_of(project["dependencies"]) if f"| {name} |" not in readme}

@@ -67,9 +67,9 @@ def test_import_rule_lets_pass(tmp_path: Path) -> None:
     files = {
         "cli/main": "from sivae_dist.engine import trainer\nfrom sivae_dist.errors import UserError",
         "engine/trainer": "from sivae_dist import __version__\nfrom sivae_dist.models import base\nimport accelerate",
-        "models/base": "from sivae_dist.models.posterior import P\nfrom . import other\nfrom sivae_dist.ops import conv",
+        "models/base": "from sivae_dist.models.posterior import P\nfrom . import a\nfrom sivae_dist.ops import conv",
         "interop/read": "from sivae_dist.models import base",
-        "objectives/base": "import math\nimport torch.nn\nfrom . import terms\nfrom sivae_dist.objectives.base import T",
+        "objectives/base": "import math\nimport torch.nn\nfrom . import terms\nfrom sivae_dist.objectives.a import T",
         "distributed/a": "from sivae_dist.errors import UserError\nimport torch\nimport accelerate",
     }
     assert not rules.import_violations(tree(tmp_path, files))
