@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,16 @@ PARTIAL = pytest.StashKey[str]()
 def dtype(request: pytest.FixtureRequest) -> torch.dtype:
     """Double compares tightly, single more loosely."""
     return {"float64": torch.float64, "float32": torch.float32}[request.param]
+
+
+@pytest.fixture(autouse=True)
+def one_thread(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Small networks lose more than they gain from threads; the full-size ones keep them."""
+    before = torch.get_num_threads()
+    if request.path.stem != "test_fullsize":
+        torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def _mine(item: pytest.Item) -> bool:
