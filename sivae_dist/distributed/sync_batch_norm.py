@@ -7,7 +7,7 @@ that of torch.nn.BatchNorm2d on the concatenated batch.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,12 +16,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from sivae_dist.distributed.group import Group
 
+M = TypeVar("M", bound=nn.Module)
+
 
 class _Normalise(torch.autograd.Function):
     """y = (x - mean) / sqrt(var + eps) * weight + bias with statistics of all ranks. x: (B, C, ...)."""
 
     @staticmethod
-    def forward(  # noqa: PLR0917 (apply passes positions)
+    def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float, group: Group
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         dims = [0, *range(2, x.dim())]
@@ -82,7 +84,7 @@ class SynchronisedBatchNorm(_BatchNorm):
         return y
 
 
-def synchronise_batch_norm(module: nn.Module, group: Group) -> nn.Module:
+def synchronise_batch_norm(module: M, group: Group) -> M:
     """Replaces every batch norm in `module`, in place, sharing parameters and buffers; nothing to do on one rank."""
     if group.ranks == 1:
         return module

@@ -34,6 +34,7 @@ from sivae_dist.errors import UserError
 FORMAT = 1
 _NAME = re.compile(r"nimg-(\d{9,})")
 TENSOR_FILES = ("weights", "ema", "optimizer")
+FILES = (*(f"{stem}.safetensors" for stem in TENSOR_FILES), "state.json")
 
 
 @dataclass
@@ -74,7 +75,7 @@ def restore(saved: Snapshot, model: nn.Module, ema: nn.Module, optimizers: dict[
             prefix = f"{player}/{name}/"
             stored = {k.removeprefix(prefix): v for k, v in saved.tensors["optimizer"].items() if k.startswith(prefix)}
             optimizer.state[parameter] = {
-                # Moments lie in memory as their parameter does; scalars (the step) stay on the host, as Adam keeps them.
+                # Moments lie in memory as their parameter does; the step count stays on the host, where Adam keeps it.
                 key: torch.empty_like(parameter).copy_(value) if value.shape == parameter.shape else value.clone()
                 for key, value in stored.items()
             }
@@ -114,14 +115,12 @@ def write(folder: Path, saved: Snapshot) -> Path:
     (aside / "state.json").write_text(
         json.dumps({"format": FORMAT, "nimg": saved.nimg, **saved.state}, indent=1), encoding="utf-8"
     )
-    names = [f"{stem}.safetensors" for stem in TENSOR_FILES] + ["state.json"]
-    listing = {n: {"bytes": (aside / n).stat().st_size, "sha256": _sha256(aside / n)} for n in names}
+    listing = {n: {"bytes": (aside / n).stat().st_size, "sha256": _sha256(aside / n)} for n in FILES}
     (aside / "files.json").write_text(json.dumps(listing, indent=1), encoding="utf-8")
-    for name in [*names, "files.json"]:
+    for name in [*FILES, "files.json"]:
         _sync(aside / name)
     _sync(aside)
-    if final.exists():  # an earlier life of this run wrote it, and is being trained over again
-        shutil.rmtree(final)
+    remove(final)  # an earlier life of this run may have written it before it was taken back
     aside.rename(final)
     _sync(folder)
     write_atomic(folder / "latest", final.name + "\n")
@@ -129,13 +128,22 @@ def write(folder: Path, saved: Snapshot) -> Path:
     return final
 
 
+def remove(path: Path) -> None:
+    """Deletes a checkpoint so that a kill in the middle never leaves something that looks complete."""
+    if path.exists():
+        doomed = path.with_name(f".{path.name}.deleted")
+        shutil.rmtree(doomed, ignore_errors=True)
+        path.rename(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
 def read(path: Path) -> Snapshot:
     """Reads a checkpoint and checks it against its list of files. Raises UserError when it is damaged or newer."""
     try:
         listing = json.loads((path / "files.json").read_text(encoding="utf-8"))
+        if not isinstance(listing, dict) or set(listing) != set(FILES):
+            raise UserError(f"{path}/files.json does not list the files of a checkpoint", _RESTORE_ADVICE)
         for name, facts in listing.items():
-            if Path(name).name != name:
-                raise UserError(f"{path}/files.json names {name!r}, which is no plain file name", _RESTORE_ADVICE)
             if (path / name).stat().st_size != facts["bytes"] or _sha256(path / name) != facts["sha256"]:
                 raise UserError(f"{path / name} differs from what was written (size or sha256)", _RESTORE_ADVICE)
         state = json.loads((path / "state.json").read_text(encoding="utf-8"))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,7 +101,7 @@ class CheckpointWriter:
             keep.update(path for number, path in first_of_slot.items() if number > 0)
         for path in found:
             if path not in keep:
-                shutil.rmtree(path)
+                checkpoint.remove(path)
 
 
 def best_checkpoint(config: CheckpointConfig, found: list[Path]) -> Path | None:

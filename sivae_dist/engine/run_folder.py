@@ -10,7 +10,7 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
-import sivae_dist
+from sivae_dist import __version__
 from sivae_dist.errors import UserError
 
 PACKAGES = ("torch", "accelerate", "deepspeed", "webdataset", "numpy", "tensorboard", "safetensors", "pillow")
@@ -66,7 +66,7 @@ def environment() -> dict[str, object]:
         except metadata.PackageNotFoundError:
             packages[name] = None
     return {
-        "sivae_dist": sivae_dist.__version__,
+        "sivae_dist": __version__,
         "revision": _revision(),
         "python": platform.python_version(),
         "platform": platform.platform(),
