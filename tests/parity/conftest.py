@@ -9,7 +9,7 @@ import pytest
 import torch
 
 HERE = Path(__file__).resolve().parent
-PARTIAL = pytest.StashKey[str]()
+PARTIAL = pytest.StashKey[bool]()  # whether some parity tests were deselected
 
 
 @pytest.fixture(params=["float64", "float32"])
@@ -34,25 +34,29 @@ def _mine(item: pytest.Item) -> bool:
 
 def pytest_deselected(items: list[pytest.Item]) -> None:
     for item in filter(_mine, items):
-        item.config.stash[PARTIAL] = "some were deselected"
+        item.config.stash[PARTIAL] = True
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Moves the account behind all tests it speaks about, and notes whether it can speak."""
-    items.sort(key=lambda item: _mine(item) and item.path.stem == "test_accounting")
-    collected = {item.path.stem for item in items if _mine(item)}
-    missing = {path.stem for path in HERE.glob("test_*.py")} - collected
-    if missing:
-        config.stash[PARTIAL] = f"without {', '.join(sorted(missing))}"
-    if any("::" in argument for argument in config.args):
-        config.stash[PARTIAL] = "single tests were named"
+    """Puts the account behind all tests it speaks about, or takes it out when only a part of them was selected.
+
+    Also takes out the placeholders of families that the fixture folder does not hold.
+    """
+    mine = [item for item in items if _mine(item)]
+    complete = {item.path for item in mine} == set(HERE.glob("test_*.py"))
+    complete &= not config.stash.get(PARTIAL, False) and not any("::" in argument for argument in config.args)
+    absent = [item for item in mine if _placeholder(item)]
+    account = [item for item in mine if item.path.stem == "test_accounting"]
+    dropped = absent if complete else absent + account
+    items[:] = [item for item in items if item not in dropped and item not in account] + account * complete
+    if dropped:
+        config.hook.pytest_deselected(items=dropped)
 
 
-@pytest.fixture
-def partial(request: pytest.FixtureRequest) -> str:
-    """Why the account is incomplete, empty when it is complete."""
-    return request.config.stash.get(PARTIAL, "")
+def _placeholder(item: pytest.Item) -> bool:
+    reasons = (str(mark.kwargs.get("reason", "")) for mark in item.iter_markers("skip"))
+    return any(reason.startswith("got empty parameter set") for reason in reasons)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

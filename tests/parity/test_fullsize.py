@@ -128,5 +128,3 @@ def _summary(image: Tensor) -> dict[str, Tensor]:
 def test_formula_uses_the_name() -> None:
     one, two = (uniform(1, name, (1000,)) for name in ("a", "b"))
     assert abs(one.mean() - 0.5) < 0.05 and abs(np.corrcoef(one, two)[0, 1]) < 0.15
-
-
