@@ -34,6 +34,7 @@ from sivae_dist.errors import UserError
 FORMAT = 1
 _NAME = re.compile(r"nimg-(\d{9,})")
 TENSOR_FILES = ("weights", "ema", "optimizer")
+FILES = (*(f"{stem}.safetensors" for stem in TENSOR_FILES), "state.json")
 
 
 @dataclass
@@ -114,10 +115,9 @@ def write(folder: Path, saved: Snapshot) -> Path:
     (aside / "state.json").write_text(
         json.dumps({"format": FORMAT, "nimg": saved.nimg, **saved.state}, indent=1), encoding="utf-8"
     )
-    names = [f"{stem}.safetensors" for stem in TENSOR_FILES] + ["state.json"]
-    listing = {n: {"bytes": (aside / n).stat().st_size, "sha256": _sha256(aside / n)} for n in names}
+    listing = {n: {"bytes": (aside / n).stat().st_size, "sha256": _sha256(aside / n)} for n in FILES}
     (aside / "files.json").write_text(json.dumps(listing, indent=1), encoding="utf-8")
-    for name in [*names, "files.json"]:
+    for name in [*FILES, "files.json"]:
         _sync(aside / name)
     _sync(aside)
     remove(final)  # an earlier life of this run may have written it before it was taken back
@@ -141,9 +141,9 @@ def read(path: Path) -> Snapshot:
     """Reads a checkpoint and checks it against its list of files. Raises UserError when it is damaged or newer."""
     try:
         listing = json.loads((path / "files.json").read_text(encoding="utf-8"))
+        if not isinstance(listing, dict) or set(listing) != set(FILES):
+            raise UserError(f"{path}/files.json does not list the files of a checkpoint", _RESTORE_ADVICE)
         for name, facts in listing.items():
-            if Path(name).name != name:
-                raise UserError(f"{path}/files.json names {name!r}, which is no plain file name", _RESTORE_ADVICE)
             if (path / name).stat().st_size != facts["bytes"] or _sha256(path / name) != facts["sha256"]:
                 raise UserError(f"{path / name} differs from what was written (size or sha256)", _RESTORE_ADVICE)
         state = json.loads((path / "state.json").read_text(encoding="utf-8"))

@@ -20,7 +20,7 @@ from sivae_dist.evaluation.reconstruction import psnr
 from sivae_dist.evaluation.sliced_wasserstein import sliced_wasserstein
 from sivae_dist.models import Autoencoder
 
-SWD_SIZE = 64  # images are area-averaged to at most this size before the sliced Wasserstein distance
+SWD_SIZE = 64  # pixels a side at which the sliced Wasserstein distance compares images (larger ones are averaged down)
 
 
 @dataclass(frozen=True)
@@ -75,14 +75,14 @@ class Evaluator:
             scores[0] += psnr(batch.x, x_rec, _range(model)).double().sum()
             scores[1] += psnr(batch.x, mean_image.expand_as(batch.x), _range(model)).double().sum()
             reals.append(_small(batch.x))
-            fakes.append(_small(_clamp(players.decoder(self._z_prior(model, batch)), model)))
+            fakes.append(_small(players.decoder(self._z_prior(model, batch)).clamp(*_range(model))))
         scores = self.group.sum_(scores) / self.count
         real = torch.cat(self.group.gather(_joined(reals, model, self.device)))
         fake = torch.cat(self.group.gather(_joined(fakes, model, self.device)))
         return {
             "eval/psnr": float(scores[0]),
             "eval/psnr_mean_image": float(scores[1]),
-            "eval/swd": sliced_wasserstein(real, fake, seed=self.seed),
+            "eval/swd": sliced_wasserstein(real, fake, input_range=_range(model), seed=self.seed, size=None),
         }
 
     @torch.no_grad()
@@ -138,11 +138,8 @@ def _range(model: Autoencoder) -> tuple[float, float]:
     return model.input_range or (0.0, 1.0)
 
 
-def _clamp(x: Tensor, model: Autoencoder) -> Tensor:
-    return x.clamp(*model.input_range) if model.input_range is not None else x
-
-
 def _small(x: Tensor) -> Tensor:
+    """Averaged down before it travels between ranks."""
     return F.adaptive_avg_pool2d(x, SWD_SIZE) if x.shape[-1] > SWD_SIZE else x
 
 

@@ -28,8 +28,10 @@ from sivae_dist.engine.schedule import due
 from sivae_dist.engine.stopping import StopSignals
 from sivae_dist.engine.summary import summarise
 from sivae_dist.engine.tracking import Progress, Tracker
+from sivae_dist.errors import UserError
 from sivae_dist.evaluation.grids import save_png
 from sivae_dist.models import Autoencoder
+from sivae_dist.objectives import Objective
 
 
 def train(config: RunConfig, out: str | Path, resume_from: str = "auto") -> Path:
@@ -78,7 +80,7 @@ class Trainer:
         precision = Precision(config.precision.resolved(), self.device.type)
         self.iteration = Iteration(
             self.model,
-            config.objective.build(self.model.sample_shape),
+            build_objective(config, self.model),
             strategy,
             seed=config.train.seed,
             accumulation=config.train.accumulation,
@@ -195,3 +197,11 @@ class Trainer:
             if not finished:
                 print(f"stopped at {self.nimg / 1000:.3f} kimg; the same command goes on from here")
         self.launch.finish()
+
+
+def build_objective(config: RunConfig, model: Autoencoder) -> Objective:
+    """The objective for this model's samples. Raises UserError for values out of range."""
+    try:
+        return config.objective.build(model.sample_shape)
+    except ValueError as error:  # objectives know no UserError: they import only torch
+        raise UserError(str(error), "correct the value in the config or on the command line") from error

@@ -53,7 +53,7 @@ class MlpDecoder(nn.Module):
 class MlpConfig(ModelConfig):
     """Multilayer perceptrons for points. Defaults: the published 2-D network.
 
-    x_dim: coordinates a point; zdim: latent dimensions; width: units a hidden layer; hidden_layers: those width -> width.
+    x_dim: coordinates a point; zdim: latent dimensions; width: units a layer; hidden_layers: layers width -> width.
     The published decoder also owns an unused scalar `loggamma`, which is left out.
     """
 

@@ -209,8 +209,8 @@ class ResidualConfig(ModelConfig):
     def build(self) -> Autoencoder:
         """A freshly initialised network: torch's default initialisation, as published.
 
-        Its running statistics are clean; the public constructor feeds zeros in training mode, which leaves the encoder's
-        with one update (num_batches_tracked 1, running_var 0.9).
+        Its running statistics are clean; the public constructor feeds zeros in training mode, which leaves the
+        encoder's with one update (num_batches_tracked 1, running_var 0.9).
         """
         self.check()
         return Autoencoder(

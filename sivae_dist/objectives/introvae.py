@@ -27,8 +27,8 @@ class IntroVaeConfig(ObjectiveConfig):
     """Hinge objective. Defaults: the published 256-px recipe.
 
     beta_rec, beta_kl, beta_neg, margin: see the table at the top of the file.
-    hinge:           "batch_mean" as in the public code, max(0, m - mean of the KL over the whole batch); "per_sample" as
-                     in the paper, the mean of max(0, m - KL).
+    hinge:           "batch_mean" as in the public code, max(0, m - mean of the KL over the whole batch);
+                     "per_sample" as in the paper, the mean of max(0, m - KL).
     decoder_weight:  weight of the adversarial term in the decoder phase: "published" beta_kl / 2, "paper" beta_kl
                      beta_neg / 2 (the same as in the encoder phase).
     rec_loss:        "mse" as published, "l1" or "bce" (needs a decoder with output in [0, 1]).

@@ -1,0 +1,144 @@
+"""`sivae-dist data ...`: pack, info, verify."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+from sivae_dist.data.pack import pack as pack_source
+from sivae_dist.data.pack_shard import PackOptions
+from sivae_dist.data.shard_read import load_manifest
+from sivae_dist.data.sources.base import Source
+from sivae_dist.data.sources.folder import FolderSource
+from sivae_dist.data.store import open_store
+from sivae_dist.data.verify import verify as verify_folder
+from sivae_dist.errors import UserError
+
+_SHOWN = 20
+
+
+def pack(
+    src: str,
+    dst: Path,
+    /,
+    *,
+    resolution: int,
+    format: Literal["jpg", "webp", "png"] = "jpg",
+    quality: int | None = None,
+    channels: Literal[1, 3] = 3,
+    shard_size: str = "auto",
+    val_fraction: float = 0.0,
+    val_count: int = 0,
+    labels: bool = False,
+    seed: int = 0,
+    shuffle: bool = True,
+    workers: int | None = None,
+    name: str = "",
+    license: str = "",
+) -> None:
+    """Pack pictures into shards: upright, centre square, Lanczos to the resolution. Interrupted, run it again.
+
+    Args:
+        src: A folder of pictures (sub-folders included), or `scenes:COUNT` for drawn scenes.
+        dst: The folder to make.
+        resolution: Side of the stored pictures in pixels.
+        format: How pictures are stored; png is lossless.
+        quality: 1 to 100, for jpg and webp; the default is 95.
+        channels: 3 for RGB, 1 for grey.
+        shard_size: A number of samples (1000), a size (256MB), or auto: 1,024 samples or 256 MB, whichever is less.
+        val_fraction: Part of the pictures to hold out for validation, chosen by their names.
+        val_count: Number of pictures to hold out, instead of a fraction.
+        labels: Take the first sub-folder of each picture as its class.
+        seed: Keys the order in which pictures are put into shards.
+        shuffle: Put pictures into shards in random order instead of the order of their names.
+        workers: Processes; by default one per core. The result does not depend on it.
+        name: Name of the data set; by default that of the source folder.
+        license: Licence of the pictures, for the record.
+    """
+    options = PackOptions(
+        resolution=resolution,
+        format=format,
+        quality=quality,
+        channels=channels,
+        shard_size=shard_size,
+        val_fraction=val_fraction,
+        val_count=val_count,
+        seed=seed,
+        shuffle=shuffle,
+    )
+    source, options = _source(src, options, labels=labels, name=name, license=license)
+    report = pack_source(source, dst, options, workers=workers)
+    manifest = report.manifest
+    count = sum(s.count for s in manifest.shards)
+    splits = ", ".join(f"{n} {v['samples']}" for n, v in manifest.splits().items())
+    print(f"{dst}: {count} samples ({splits}) in {len(manifest.shards)} shards, {report.seconds:.1f} s")
+    if report.reused:
+        print(f"{report.reused} shards were finished before")
+    if report.enlarged:
+        print(f"{report.enlarged} pictures were smaller than {resolution} pixels and were enlarged")
+    if report.skipped:
+        print(f"{len(report.skipped)} pictures could not be read and were skipped; see {dst}/skipped.json:")
+        _print_some([f"{key}: {reason}" for key, reason in report.skipped], 5)
+
+
+def _source(src: str, options: PackOptions, *, labels: bool, name: str, license: str) -> tuple[Source, PackOptions]:
+    """The source that `src` names, and the options without what the source has taken on itself."""
+    kind, _, count = src.partition(":")
+    if kind != "scenes" or not count:
+        return FolderSource(Path(src), name=name, license=license or "unknown", labels=labels), options
+    if not count.isdecimal() or not int(count):
+        raise UserError(f"the source {src!r} has no number of scenes", "write scenes:COUNT, for example scenes:10000")
+    from sivae_dist.data.sources.scenes import ScenesSource  # noqa: PLC0415 - drawing code, seldom needed
+
+    source = ScenesSource(int(count), seed=options.seed, val_count=options.val_count)
+    return dataclasses.replace(source, name=name or source.name), dataclasses.replace(options, val_count=0)
+
+
+def info(path: str, /) -> None:
+    """Show what a shard folder holds.
+
+    Args:
+        path: The shard folder.
+    """
+    manifest = load_manifest(open_store(path))
+    kind = "RGB" if manifest.channels == 3 else "grey"
+    print(f"{manifest.name}: {manifest.resolution}x{manifest.resolution} {kind}, {manifest.image_format}")
+    print(f"licence      {manifest.license}")
+    for name, split in manifest.splits().items():
+        mean = split["bytes"] / max(1, split["samples"]) / 1000
+        size = f"{split['bytes'] / 1e9:.3f} GB, {mean:.1f} kB a sample"
+        print(f"{name:<12} {split['samples']} samples in {split['shards']} shards, {size}")
+    if manifest.classes:
+        print(f"classes      {manifest.classes}  {', '.join(manifest.class_names[:_SHOWN])}")
+    print(f"packed with  {', '.join(f'{k}={v}' for k, v in manifest.packing.items() if k != 'items_sha256')}")
+    print(f"fingerprint  {manifest.fingerprint}")
+
+
+def verify(path: str, /, *, workers: int | None = None) -> None:
+    """Read everything again: checksums, tar against index, every picture decoded.
+
+    Args:
+        path: The shard folder.
+        workers: Processes; by default one per core.
+    """
+    report = verify_folder(path, workers=workers)
+    total = sum(s.count for s in report.manifest.shards)
+    print(f"{path}: {report.decoded} of {total} samples in {len(report.manifest.shards)} shards are good")
+    if report.problems:
+        _print_some(list(report.problems), _SHOWN)
+        raise UserError(
+            f"{path} is damaged: {', '.join(report.damaged[:_SHOWN])}",
+            "copy these shards again (.tar and .index), or pack the data set again",
+        )
+
+
+def _print_some(lines: list[str], limit: int) -> None:
+    for line in lines[:limit]:
+        print(f"  {line}")
+    if len(lines) > limit:
+        print(f"  and {len(lines) - limit} more")
+
+
+COMMANDS: dict[str, Callable[..., None]] = {"data pack": pack, "data info": info, "data verify": verify}

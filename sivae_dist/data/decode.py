@@ -1,0 +1,103 @@
+"""Pictures: opening them safely, bringing any mode to RGB or grey, the transform of the packer, encode and decode."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from sivae_dist.errors import UserError
+
+MAX_PIXELS = 1 << 27  # 134 million, below the size at which Pillow itself refuses
+_PILLOW_NAMES = {"jpg": "JPEG", "webp": "WEBP", "png": "PNG"}
+# An explicit list: Pillow also knows formats (EPS) that start other programs.
+READABLE = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
+QUALITY = 95
+_TRANSPARENT = ("RGBA", "RGBa", "LA", "La", "PA")
+
+
+def open_image(file: bytes | Path, *, max_pixels: int = MAX_PIXELS, formats: tuple[str, ...] = READABLE) -> Image.Image:
+    """Opens a picture and checks its size before any pixel is decompressed.
+
+    Raises UserError when it is no picture of these formats or has more than max_pixels, OSError when unreadable.
+    """
+    source = io.BytesIO(file) if isinstance(file, bytes) else file
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is stricter
+            image = Image.open(source, formats=formats)
+    except UnidentifiedImageError:
+        raise UserError(f"not a picture of a known format ({', '.join(formats)})", "convert or remove it") from None
+    except Image.DecompressionBombError:
+        raise UserError(f"a picture of more than {max_pixels} pixels", "make it smaller or remove it") from None
+    width, height = image.size
+    if width * height > max_pixels:
+        image.close()
+        what = f"a picture of {width}x{height} pixels, more than the limit of {max_pixels}"
+        raise UserError(what, "make it smaller or remove it")
+    return image
+
+
+def to_channels(image: Image.Image, channels: int) -> Image.Image:
+    """Mode "RGB" (channels 3) or "L" (1) from any mode that has a defined range.
+
+    16-bit grey is scaled, not cut off. Transparency is laid over white, as browsers show it. CMYK and others follow
+    Pillow's conversion. Embedded colour profiles are not applied. Raises UserError for floating-point pictures.
+    """
+    if image.mode == "F":
+        raise UserError("a floating-point picture, whose range is not defined", "convert it to 8 or 16 bits")
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        wide = np.clip(np.asarray(image).astype(np.int64), 0, 65535)
+        image = Image.fromarray(((wide + 128) // 257).astype(np.uint8))
+    if image.mode in _TRANSPARENT or "transparency" in image.info:
+        image = image.convert("RGBA")
+        ground = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(ground, image)
+    mode = "RGB" if channels == 3 else "L"
+    return image if image.mode == mode else image.convert(mode)
+
+
+def prepare(image: Image.Image, resolution: int, channels: int) -> Image.Image:
+    """The packer's transform: turn upright (EXIF), RGB or grey, centre square, Lanczos to resolution x resolution."""
+    image = to_channels(ImageOps.exif_transpose(image), channels)
+    width, height = image.size
+    side = min(width, height)
+    if width != height:
+        left, top = (width - side) // 2, (height - side) // 2
+        image = image.crop((left, top, left + side, top + side))
+    if side != resolution:
+        image = image.resize((resolution, resolution), Image.Resampling.LANCZOS)
+    image.info = {}  # else Pillow would copy profiles and comments into the encoded file
+    return image
+
+
+def encode(image: Image.Image, image_format: str, quality: int | None = None) -> bytes:
+    """The bytes of a prepared picture. quality: 1..100 for jpg and webp (None means 95); jpg keeps colour at 4:4:4."""
+    options: dict[str, Any] = {
+        "jpg": {"quality": quality or QUALITY, "subsampling": 0},
+        "webp": {"quality": quality or QUALITY, "method": 4},
+        "png": {"compress_level": 6},
+    }[image_format]
+    out = io.BytesIO()
+    image.save(out, _PILLOW_NAMES[image_format], **options)
+    return out.getvalue()
+
+
+def decode(data: bytes, *, resolution: int, channels: int, image_format: str) -> npt.NDArray[np.uint8]:
+    """(channels, resolution, resolution) uint8 from the bytes of a shard's picture.
+
+    Raises UserError when the bytes are not an undamaged picture of exactly that size and format.
+    """
+    image = open_image(data, formats=(_PILLOW_NAMES[image_format],))
+    if image.size != (resolution, resolution):
+        raise UserError(f"is {image.size[0]}x{image.size[1]} pixels, expected {resolution}x{resolution}")
+    try:
+        pixels = np.asarray(to_channels(image, channels))
+    except (OSError, ValueError, SyntaxError, EOFError) as error:  # what Pillow raises for damaged files
+        raise UserError(f"cannot be decoded: {error}") from None
+    return np.ascontiguousarray(pixels.transpose(2, 0, 1) if pixels.ndim == 3 else pixels[None])

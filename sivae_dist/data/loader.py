@@ -1,0 +1,246 @@
+"""Shard folders as a training stream: any position in constant time, decoded by worker processes, in plan order."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from sivae_dist.counters import coin, key
+from sivae_dist.data.base import DataConfig, HostBatch
+from sivae_dist.data.manifest import Manifest, ShardInfo
+from sivae_dist.data.plan import Plan
+from sivae_dist.data.procs import die_with_parent
+from sivae_dist.data.shard_read import Sample, ShardReader, load_manifest
+from sivae_dist.data.store import open_store
+from sivae_dist.errors import UserError
+
+
+@dataclass(frozen=True)
+class ShardsConfig(DataConfig):
+    """A packed data set (`sivae-dist data pack`).
+
+    url:     its folder.
+    split, held_out_split: what is trained on, and what `held_out` gives.
+    lanes, window: of the plan (see docs/data.md); they, the seed and the data decide the order. lanes >= ranks.
+    workers: decoding processes per rank, 0 decodes in the training process; prefetch: batches each keeps ready.
+    mirror:  flip half of the pictures left-right, chosen anew each time a picture is served.
+    timeout_s: a batch that takes longer than this is an error instead of a hang.
+    """
+
+    name: str = "shards"
+    url: str = ""
+    split: str = "train"
+    held_out_split: str = "val"
+    lanes: int = 128
+    window: int = 256
+    workers: int = 2
+    prefetch: int = 4
+    mirror: bool = True
+    timeout_s: int = 600
+
+    def build(self, *, seed: int, salt: int, rank: int, ranks: int) -> ShardStream:
+        """Reads the manifest only. Raises UserError for a folder or settings that cannot be used."""
+        return ShardStream(self, seed=seed, salt=salt, rank=rank, ranks=ranks)
+
+
+@dataclass
+class _Failure:
+    """A UserError on its way from a worker: the DataLoader would bury its text in a traceback."""
+
+    what: str
+    fix: str
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """What a worker needs to turn positions into pictures; small, and the same for all workers."""
+
+    url: str
+    manifest: Manifest
+    shards: tuple[ShardInfo, ...]
+    plan: Plan | None  # None: positions are sample numbers in shard order
+    mirror_key: int | None
+
+
+class _Pictures(Dataset[HostBatch]):
+    """Decodes lists of positions, whole batches at once. Opens files lazily, in the process that uses them."""
+
+    def __init__(self, settings: _Settings) -> None:
+        self.settings = settings
+        self._reader: ShardReader | None = None
+        self._ends = np.cumsum([s.count for s in settings.shards])
+
+    def __getitems__(self, positions: list[int]) -> HostBatch | _Failure:
+        try:
+            return self._batch(np.asarray(positions, dtype=np.int64))
+        except UserError as error:
+            return _Failure(error.what, error.fix)
+
+    def _batch(self, positions: np.ndarray) -> HostBatch:
+        s = self.settings
+        if s.plan is not None:
+            shard, number = s.plan.locate(positions)
+        else:
+            shard = np.searchsorted(self._ends, positions, side="right")
+            number = positions - (self._ends - [i.count for i in s.shards])[shard]
+        samples = self._read(shard, number)
+        c, r = s.manifest.channels, s.manifest.resolution
+        data = torch.empty(len(samples), c, r, r, dtype=torch.uint8)
+        for row, sample in zip(data, samples, strict=True):
+            row.copy_(torch.from_numpy(sample.image))
+        label = torch.tensor([x.label or 0 for x in samples], dtype=torch.int64) if s.manifest.classes else None
+        mirror = None if s.mirror_key is None else torch.from_numpy(coin(s.mirror_key, positions))
+        return HostBatch(data, torch.from_numpy(positions), label, mirror)
+
+    def _read(self, shard: np.ndarray, number: np.ndarray) -> list[Sample]:
+        """Samples in the order asked for, but read shard by shard and forwards, which disks and caches like."""
+        if self._reader is None:
+            s = self.settings
+            self._reader = ShardReader(open_store(s.url), s.manifest, s.shards)
+        found: dict[int, Sample] = {}
+        for place in np.lexsort((number, shard)).tolist():
+            found[place] = self._reader.read(int(shard[place]), int(number[place]))
+        return [found[place] for place in range(len(found))]
+
+    def close(self) -> None:
+        if self._reader is not None:
+            self._reader.store.close()
+
+
+class _Positions:
+    """This rank's positions of one global batch after another, endlessly: what the DataLoader calls a batch sampler."""
+
+    def __init__(self, plan: Plan, start: int, size: int, rank: int, ranks: int) -> None:
+        self.plan, self.start, self.size, self.rank, self.ranks = plan, start, size, rank, ranks
+
+    def __iter__(self) -> Iterator[list[int]]:
+        start = self.start
+        while True:
+            yield self.plan.owned(start, self.size, self.rank, self.ranks).tolist()
+            start += self.size
+
+
+def _unchanged(batch: Any) -> Any:
+    return batch
+
+
+def _start_worker(_: int) -> None:
+    die_with_parent()
+
+
+class _Batches(Iterator[HostBatch]):
+    """Iterates a DataLoader and speaks plainly when it fails. `close` ends its workers."""
+
+    def __init__(self, pictures: _Pictures, positions: Iterable[list[int]], config: ShardsConfig, workers: int) -> None:
+        loader = DataLoader(
+            pictures,
+            batch_sampler=positions,
+            collate_fn=_unchanged,
+            num_workers=workers,
+            prefetch_factor=config.prefetch if workers else None,
+            worker_init_fn=_start_worker if workers else None,
+            multiprocessing_context="fork" if workers else None,
+            timeout=config.timeout_s if workers else 0,
+            pin_memory=torch.cuda.is_available(),
+        )
+        self._pictures, self._config = pictures, config
+        self._iterator: Iterator[HostBatch | _Failure] | None = iter(loader)
+
+    def __next__(self) -> HostBatch:
+        if self._iterator is None:
+            raise StopIteration
+        try:
+            batch = next(self._iterator)
+        except RuntimeError as error:
+            self.close()
+            raise self._plain(error) from error
+        if isinstance(batch, _Failure):
+            self.close()
+            raise UserError(batch.what, batch.fix)
+        return batch
+
+    def close(self) -> None:
+        self._iterator = None  # the DataLoader's iterator ends its workers when it is dropped
+        self._pictures.close()
+
+    def _plain(self, error: RuntimeError) -> Exception:
+        text = str(error)
+        if "timed out" in text:
+            what = f"no batch of {self._config.url} came within data.timeout_s = {self._config.timeout_s} s"
+            return UserError(what, "check the disk or network it lies on, or raise data.timeout_s")
+        if "exited unexpectedly" in text or "is killed by signal" in text:
+            return UserError(
+                f"a data worker process was killed ({text.splitlines()[0]})",
+                "if memory ran out, lower data.workers or data.prefetch; in a container, enlarge /dev/shm (--shm-size)",
+            )
+        return error
+
+
+class ShardStream:
+    """The `data.base.Stream` of a shard folder. fingerprint: that of the manifest, as `data info` prints it."""
+
+    def __init__(self, config: ShardsConfig, *, seed: int, salt: int, rank: int, ranks: int) -> None:
+        _check(config, rank, ranks)
+        self.config, self.rank, self.ranks = config, rank, ranks
+        store = open_store(config.url)
+        self.manifest = load_manifest(store)
+        store.close()
+        m = self.manifest
+        shards = m.of(config.split)
+        if not shards:
+            have = ", ".join(m.splits()) or "none"
+            raise UserError(f"data.split is {config.split!r}, {config.url} has {have}", "choose one it has")
+        self.plan = Plan([s.count for s in shards], lanes=config.lanes, window=config.window, seed=seed, salt=salt)
+        self.sample_shape: tuple[int, ...] = (m.channels, m.resolution, m.resolution)
+        self.epoch_size, self.classes, self.fingerprint = self.plan.epoch_size, m.classes, m.fingerprint
+        mirror_key = key(seed, "mirror") if config.mirror else None
+        self._train = _Settings(config.url, m, shards, self.plan, mirror_key)
+        self._held_out = _Settings(config.url, m, m.of(config.held_out_split), None, None)
+        self._running: weakref.WeakSet[_Batches] = weakref.WeakSet()
+
+    def batches(self, start: int, size: int) -> Iterator[HostBatch]:
+        """Endless: this rank's samples of the global batches [start, start+size), [start+size, start+2 size), ..."""
+        if start < 0 or size < 1:
+            raise ValueError(f"batches from position {start} of size {size}")
+        positions = _Positions(self.plan, start, size, self.rank, self.ranks)
+        return self._start(_Batches(_Pictures(self._train), positions, self.config, self.config.workers))
+
+    def held_out(self, limit: int, batch: int = 32) -> list[HostBatch]:
+        """Every ranks-th of the first `limit` held-out samples; position is the number in shard order."""
+        total = sum(s.count for s in self._held_out.shards)
+        numbers = list(range(self.rank, min(limit, total), self.ranks))
+        parts = [numbers[i : i + batch] for i in range(0, len(numbers), batch)]
+        if not parts:
+            return []
+        workers = min(self.config.workers, len(parts)) if len(parts) > 1 else 0
+        running = self._start(_Batches(_Pictures(self._held_out), parts, self.config, workers))
+        try:
+            return list(running)
+        finally:
+            running.close()
+
+    def close(self) -> None:
+        """Ends worker processes and closes files."""
+        for running in list(self._running):
+            running.close()
+
+    def _start(self, batches: _Batches) -> _Batches:
+        self._running.add(batches)
+        return batches
+
+
+def _check(config: ShardsConfig, rank: int, ranks: int) -> None:
+    if not 0 <= rank < ranks:
+        raise ValueError(f"rank {rank} of {ranks}")
+    if ranks > config.lanes:
+        what = f"data.lanes is {config.lanes}, fewer than the {ranks} ranks: some would get no data"
+        raise UserError(what, f"start the run with data.lanes of {ranks} or a multiple")
+    for name, low in (("workers", 0), ("prefetch", 1), ("timeout_s", 1)):
+        if (value := getattr(config, name)) < low:
+            raise UserError(f"data.{name} is {value}, expected {low} or more", f"correct data.{name}")

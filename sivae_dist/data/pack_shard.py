@@ -1,0 +1,180 @@
+"""One unit of the packer's work: a shard, from its items to its files and the note that says it is done."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from sivae_dist.data.decode import encode, prepare
+from sivae_dist.data.files import write_atomically
+from sivae_dist.data.manifest import EXTENSIONS, MAX_MEMBER_BYTES, MAX_RESOLUTION, ShardInfo
+from sivae_dist.data.pack_items import read_items
+from sivae_dist.data.procs import Tick
+from sivae_dist.data.shard_write import ShardWriter
+from sivae_dist.data.sources.base import Item, Source
+from sivae_dist.errors import UserError
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(B|KB|MB|GB|TB|KIB|MIB|GIB|TIB)", re.IGNORECASE)
+_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+
+
+@dataclass(frozen=True)
+class PackOptions:
+    """All that decides the bytes of a packed data set, apart from the source. Checked on construction (UserError).
+
+    format: jpg, webp or png; quality: 1..100 for jpg and webp, None means 95.
+    channels: 3 (RGB) or 1 (grey).
+    shard_size: "auto" (1,024 samples or about 256 MB, whichever is less), a number of samples ("1000"), or about so
+    many bytes ("256MB"; sizes are estimated from some pictures beforehand).
+    val_fraction, val_count: hold out this part, by hash of the key; for sources without a split of their own.
+    shuffle: put samples into shards in an order drawn from `seed`, so that shards do not follow the source's order.
+    """
+
+    resolution: int
+    format: str = "jpg"
+    quality: int | None = None
+    channels: int = 3
+    shard_size: str = "auto"
+    val_fraction: float = 0.0
+    val_count: int = 0
+    seed: int = 0
+    shuffle: bool = True
+
+    def __post_init__(self) -> None:
+        def need(ok: bool, name: str, expected: str) -> None:
+            if not ok:
+                raise UserError(f"{name} is {getattr(self, name)!r}, expected {expected}", f"correct --{name}")
+
+        need(1 <= self.resolution <= MAX_RESOLUTION, "resolution", f"1 to {MAX_RESOLUTION} pixels")
+        need(self.format in EXTENSIONS, "format", f"one of {', '.join(EXTENSIONS)}")
+        need(self.quality is None or 1 <= self.quality <= 100, "quality", "1 to 100")
+        need(self.quality is None or self.format != "png", "quality", "none for png, which is lossless")
+        need(self.channels in (1, 3), "channels", "3 (RGB) or 1 (grey)")
+        need(0.0 <= self.val_fraction < 1.0, "val_fraction", "0 to below 1")
+        need(self.val_count >= 0, "val_count", "0 or more")
+        need(not (self.val_count and self.val_fraction), "val_count", "0 when val_fraction is given")
+        need(_limits(self.shard_size) is not None, "shard_size", "auto, a number of samples, or a size such as 256MB")
+
+    def samples_per_shard(self, mean_bytes: float) -> int:
+        """Samples per shard for samples of mean_bytes bytes (their tar headers included)."""
+        limits = _limits(self.shard_size)
+        assert limits is not None
+        samples, size = limits
+        return max(1, min(samples, int(size / mean_bytes)))
+
+
+def _limits(shard_size: str) -> tuple[int, float] | None:
+    """(samples, bytes) a shard may have, or None for a text that is no size."""
+    text = shard_size.strip()
+    if text == "auto":
+        return 1024, 256e6
+    if text.isdecimal():
+        return (int(text), 1e18) if int(text) else None
+    match = _SIZE.fullmatch(text)
+    size = float(match[1]) * _UNITS[match[2].upper()] if match else 0.0
+    return (1 << 30, size) if size else None
+
+
+@dataclass(frozen=True)
+class ShardTask:
+    """A shard to make. offsets: where its items stand in the list;."""
+
+    name: str
+    split: str
+    offsets: npt.NDArray[np.uint64]
+
+
+@dataclass(frozen=True)
+class ShardDone:
+    """A shard made. skipped: (key, reason); enlarged: pictures that were smaller than the resolution."""
+
+    info: ShardInfo
+    skipped: tuple[tuple[str, str], ...]
+    enlarged: int
+
+    def save(self, path: Path) -> None:
+        """Writes the note that the shard is done."""
+        write_atomically(path, json.dumps(asdict(self)).encode())
+
+    @classmethod
+    def load(cls, path: Path, folder: Path) -> ShardDone | None:
+        """The note, or None when there is none or the shard's files are not there as it says."""
+        try:
+            raw = json.loads(path.read_bytes())
+            done = cls(ShardInfo(**raw["info"]), tuple((k, r) for k, r in raw["skipped"]), raw["enlarged"])
+            there = (folder / f"{done.info.name}.tar").stat().st_size == done.info.bytes
+            return done if there and (folder / f"{done.info.name}.index").is_file() else None
+        except (OSError, ValueError, TypeError, KeyError):
+            return None
+
+
+def encoded(source: Source, item: Item, options: PackOptions) -> tuple[bytes, bool]:
+    """The bytes of an item's picture, and whether it had to be enlarged. Raises whatever reading it raises."""
+    with source.open(item, options.resolution) as image:
+        small = min(image.size) < options.resolution
+        picture = prepare(image, options.resolution, options.channels)
+    data = encode(picture, options.format, options.quality)
+    if len(data) > MAX_MEMBER_BYTES:
+        raise UserError(f"encodes to {len(data)} bytes, more than the limit of {MAX_MEMBER_BYTES}")
+    return data, small
+
+
+def pack_shard(
+    task: ShardTask, tick: Tick, *, source: Source, options: PackOptions, items: Path, folder: Path, aside: Path
+) -> ShardDone:
+    """Makes one shard; `tick` is called once a picture. Pictures that cannot be read are skipped and noted."""
+    writer = ShardWriter(folder, task.name, task.split, aside)
+    skipped: list[tuple[str, str]] = []
+    enlarged = 0
+    try:
+        for item in read_items(items, task.offsets):
+            tick()
+            picture = _try(source, item, options)
+            if isinstance(picture, str):
+                skipped.append((item.key, picture))
+                continue
+            writer.add(item.key, options.format, picture[0], item.label, item.meta)
+            enlarged += picture[1]
+        info = writer.finish()
+    except OSError as error:
+        writer.abort()
+        raise UserError(f"{folder / task.name}.tar cannot be written: {error.strerror}", "free some space") from None
+    except BaseException:
+        writer.abort()
+        raise
+    done = ShardDone(info, tuple(skipped), enlarged)
+    done.save(aside / f"{task.name}.done")
+    return done
+
+
+def _try(source: Source, item: Item, options: PackOptions) -> tuple[bytes, bool] | str:
+    """As `encoded`, or the reason why not. Any exception counts: decoders raise all kinds on damaged files."""
+    try:
+        return encoded(source, item, options)
+    except (MemoryError, AssertionError):
+        raise
+    except UserError as error:
+        return error.what
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def recorded(options: PackOptions, source: Source, items_sha256: str) -> dict[str, Any]:
+    """What is noted of a packing, to be compared when it is continued."""
+    return {"source": source.name, "items_sha256": items_sha256} | asdict(options)
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Readable differences between two such notes."""
+    changed = [name for name, value in new.items() if old.get(name) != value]
+    return [
+        "the pictures in the source" if name == "items_sha256" else f"{name} was {old.get(name)!r}, now {new[name]!r}"
+        for name in changed
+    ]

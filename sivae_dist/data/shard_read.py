@@ -1,0 +1,159 @@
+"""Reading samples of shards at random: lazily read indices, one ranged read per sample, every byte checked."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import zlib
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from sivae_dist.data.decode import decode
+from sivae_dist.data.manifest import (
+    FILE_NAME,
+    MAX_INDEX_BYTES,
+    MAX_MANIFEST_BYTES,
+    MAX_MEMBER_BYTES,
+    Manifest,
+    ShardInfo,
+    is_key,
+)
+from sivae_dist.data.shard_write import BLOCK, INDEX_FORMAT, INDEX_VERSION
+from sivae_dist.data.store import Store
+from sivae_dist.errors import UserError
+
+_INDICES_KEPT = 256  # about 100 kB each at 1,024 samples a shard
+_REMEDY = "copy the shard again, or pack the data set again; `sivae-dist data verify` lists all damage"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One decoded sample. image: (C, H, W) uint8, 0..255; label: class index or None."""
+
+    key: str
+    image: npt.NDArray[np.uint8]
+    label: int | None
+
+
+@dataclass(frozen=True)
+class Index:
+    """Where the images of one shard lie. Arrays have one element a sample; label is -1 for none."""
+
+    keys: list[str]
+    offset: npt.NDArray[np.int64]
+    size: npt.NDArray[np.int64]
+    crc32: npt.NDArray[np.int64]
+    label: npt.NDArray[np.int64]
+
+
+def load_manifest(store: Store) -> Manifest:
+    """The checked manifest of a shard folder. Raises UserError."""
+    size = store.size(FILE_NAME)
+    if size > MAX_MANIFEST_BYTES:
+        raise UserError(f"{store.url}/{FILE_NAME} has {size} bytes, more than {MAX_MANIFEST_BYTES}", _REMEDY)
+    return Manifest.from_bytes(store.read(FILE_NAME, 0, size), f"{store.url}/{FILE_NAME}")
+
+
+def load_index(store: Store, shard: ShardInfo, classes: int) -> Index:
+    """The checked index of a shard. Raises UserError when it does not belong to the shard or is not believable."""
+    name = f"{shard.name}.index"
+    where = f"{store.url}/{name}"
+    size = store.size(name)
+    if size > MAX_INDEX_BYTES:
+        raise UserError(f"{where} has {size} bytes, more than {MAX_INDEX_BYTES}", _REMEDY)
+    data = store.read(name, 0, size)
+    if hashlib.sha256(data).hexdigest() != shard.index_sha256:
+        raise UserError(f"{where} does not match the manifest: its sha256 differs", _REMEDY)
+    lines = data.splitlines()
+    try:
+        head = json.loads(lines[0])
+        rows = json.loads(b"[" + b",".join(lines[1:]) + b"]")
+    except (ValueError, IndexError, RecursionError):
+        raise UserError(f"{where} is no valid index", _REMEDY) from None
+    if not isinstance(head, dict) or head.get("format") != INDEX_FORMAT:
+        raise UserError(f"{where} is no valid index", _REMEDY)
+    if head.get("version") != INDEX_VERSION:
+        raise UserError(
+            f"{where} has format version {head.get('version')!r}, this program reads version {INDEX_VERSION}",
+            "update sivae-dist, or pack the data set again with this version",
+        )
+    if len(rows) != shard.count or head.get("bytes") != shard.bytes:
+        raise UserError(
+            f"{where} lists {len(rows)} samples of a tar of {head.get('bytes')!r} bytes; the manifest says "
+            f"{shard.count} of {shard.bytes}",
+            _REMEDY,
+        )
+    end = 0
+    for row in rows:
+        if problem := _row_problem(row, end, shard.bytes, classes):
+            raise UserError(f"{where}: sample {row!r:.120}: {problem}", _REMEDY)
+        end = row[1] + row[2]
+    columns = [[row[c] for row in rows] for c in range(5)]
+    labels = [-1 if label is None else label for label in columns[4]]
+    offset, sizes, crc32, label = (np.asarray(c, dtype=np.int64) for c in (columns[1], columns[2], columns[3], labels))
+    return Index(columns[0], offset, sizes, crc32, label)
+
+
+def _row_problem(row: Any, end: int, tar_bytes: int, classes: int) -> str:
+    """What is wrong with [key, offset, size, crc32, label], or ""."""
+    if not isinstance(row, list) or len(row) != 5 or not all(type(v) is int for v in row[1:4]):
+        return "not a row of key, offset, size, crc32, label"
+    key, offset, size, _, label = row
+    if not is_key(key):
+        return "its name is not allowed (expected letters, digits, -, _ and / inside, no dots)"
+    if not 0 < size <= MAX_MEMBER_BYTES:
+        return f"its size is outside 1..{MAX_MEMBER_BYTES}"
+    if offset % BLOCK or offset < end + BLOCK or offset + size > tar_bytes:
+        return f"its place is outside the tar of {tar_bytes} bytes or overlaps another"
+    if (label is None) != (classes == 0) or (label is not None and not (type(label) is int and 0 <= label < classes)):
+        return f"its label does not fit {classes} classes"
+    return ""
+
+
+class ShardReader:
+    """Random access to the samples of some shards of one folder. One per process; not thread-safe."""
+
+    def __init__(self, store: Store, manifest: Manifest, shards: tuple[ShardInfo, ...]) -> None:
+        self.store, self.manifest, self.shards = store, manifest, shards
+        self._indices: OrderedDict[int, Index] = OrderedDict()
+
+    def index(self, shard: int) -> Index:
+        """The index of a shard by its number in `shards`; also checks that the tar has the size the manifest says."""
+        if shard in self._indices:
+            self._indices.move_to_end(shard)
+            return self._indices[shard]
+        info = self.shards[shard]
+        name = f"{info.name}.tar"
+        if (size := self.store.size(name)) != info.bytes:
+            what = "truncated" if size < info.bytes else "longer than packed"
+            raise UserError(f"{self.store.url}/{name} is {what}: {size} bytes, the manifest says {info.bytes}", _REMEDY)
+        index = load_index(self.store, info, self.manifest.classes)
+        self._indices[shard] = index
+        while len(self._indices) > _INDICES_KEPT:
+            self._indices.popitem(last=False)
+        return index
+
+    def encoded(self, shard: int, number: int) -> tuple[str, bytes, int | None]:
+        """Key, checked image bytes and label of one sample. Raises UserError naming shard and key."""
+        index, name = self.index(shard), f"{self.shards[shard].name}.tar"
+        size, label = int(index.size[number]), int(index.label[number])
+        data = self.store.read(name, int(index.offset[number]), size)
+        if len(data) != size or zlib.crc32(data) != index.crc32[number]:
+            what = "is cut off" if len(data) != size else "is damaged: its checksum differs"
+            raise UserError(f"{self.store.url}/{name}: sample {index.keys[number]!r} {what}", _REMEDY)
+        return index.keys[number], data, None if label < 0 else label
+
+    def read(self, shard: int, number: int) -> Sample:
+        """One decoded sample. Raises UserError naming shard and key."""
+        key, data, label = self.encoded(shard, number)
+        m = self.manifest
+        try:
+            image = decode(data, resolution=m.resolution, channels=m.channels, image_format=m.image_format)
+        except UserError as error:
+            name = f"{self.shards[shard].name}.tar"
+            raise UserError(f"{self.store.url}/{name}: sample {key!r}: {error.what}", _REMEDY) from None
+        return Sample(key, image, label)
