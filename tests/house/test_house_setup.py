@@ -192,3 +192,33 @@ def test_setup_options_reach_the_set_up(tools: Path) -> None:
     }.items():
         assert shell(tools, f"set -- {words}; {code}").stdout.strip() == shown
     assert os.access(ROOT / "launch/quickstart.sh", os.X_OK)
+
+
+def test_quickstart_says_and_does_three_steps(tools: Path, tmp_path: Path) -> None:
+    """With a Python that only writes down what it is asked to run."""
+    log, out = tmp_path / "commands", tmp_path / "a run"
+    python = script(tmp_path / "python", f'case "$1" in -m) echo "$*" >>"{log}";; esac')
+
+    def quickstart() -> tuple[list[str], str]:
+        log.write_text("")
+        options = ["--offline", "--python", python, "--out", out, "--", "--train.kimg", "2"]
+        done = run(tools, ROOT / "launch/quickstart.sh", *options)
+        assert done.returncode == 0, done.stderr
+        return log.read_text().splitlines(), done.stderr
+
+    commands, said = quickstart()
+    assert [line.split("  ")[0] for line in said.splitlines() if line[:1].isdigit()] == ["1/3", "2/3", "3/3"]
+    data, train, evaluate = commands
+    assert data.startswith(f"-m sivae_dist data scenes {out}-data ")
+    assert "--config_file launch/accelerate/single.yaml -m sivae_dist.train --config configs/quickstart.yaml" in train
+    assert train.endswith(f"--out {out} --data.url {out}-data --train.kimg 2")
+    assert evaluate == f"-m sivae_dist evaluate {out}"
+    Path(f"{out}-data").mkdir()
+    Path(f"{out}-data/manifest.json").write_text("{}")
+    (out / "samples").mkdir(parents=True)
+    for number, name in enumerate(("z.png", "a.png")):
+        (out / "samples" / name).touch()
+        os.utime(out / "samples" / name, (number, number))
+    commands, said = quickstart()
+    assert commands == [train, evaluate], "data that are there are not drawn again"
+    assert f"newest picture: {out}/samples/a.png" in said
