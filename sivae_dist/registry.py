@@ -22,7 +22,7 @@ def components(package: str, base: type) -> dict[str, type]:
     for info in pkgutil.iter_modules(folder.__path__, prefix=f"{package}."):
         importlib.import_module(info.name)
     found: dict[str, type] = {}
-    todo = list(base.__subclasses__())
+    todo: list[type] = list(base.__subclasses__())
     while todo:
         cls = todo.pop()
         todo.extend(cls.__subclasses__())

@@ -1,1 +1,56 @@
-"""TODO"""
+"""The command line: `sivae-dist COMMAND ...`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+from sivae_dist.cli.errors import guarded
+from sivae_dist.errors import UserError, nearest
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point of the console script."""
+    guarded(_run, sys.argv[1:] if arguments is None else arguments)
+
+
+def commands() -> dict[str, Callable[..., object]]:
+    """All commands by name; a typed function each, whose signature is its command line."""
+    from sivae_dist.cli import data, evaluate  # noqa: PLC0415 (imports of one command must not cost another)
+
+    return {**data.COMMANDS, **evaluate.COMMANDS}
+
+
+def _run(arguments: list[str]) -> None:
+    if arguments[:1] == ["train"]:
+        from sivae_dist.cli import train  # noqa: PLC0415
+
+        train.run(arguments[1:])
+        return
+    if arguments[:1] == ["--version"]:
+        from sivae_dist import __version__  # noqa: PLC0415
+
+        print(__version__)
+        return
+    known = commands()
+    for words in (2, 1):
+        name = " ".join(arguments[:words])
+        if name in known:
+            import tyro  # noqa: PLC0415
+
+            tyro.cli(known[name], prog=f"sivae-dist {name}", args=arguments[words:], use_underscores=False)
+            return
+    if not arguments or arguments[0] in {"-h", "--help"}:
+        print(_overview(known))
+        return
+    raise UserError(
+        f"there is no command {' '.join(arguments[:2])!r}", nearest(" ".join(arguments[:2]), ["train", *known])
+    )
+
+
+def _overview(known: dict[str, Callable[..., object]]) -> str:
+    rows = {"train": "Train a model; the same command again resumes the run."}
+    rows |= {name: (function.__doc__ or "").strip().splitlines()[0] for name, function in known.items()}
+    width = max(map(len, rows)) + 2
+    lines = [f"  {name:<{width}}{text}" for name, text in rows.items()]
+    return "usage: sivae-dist COMMAND [options]     (--help after a command tells its options)\n\n" + "\n".join(lines)

@@ -47,8 +47,9 @@ class HostBatch:
 
     def pin_memory(self) -> HostBatch:
         """Page-locked copy, so that `to` overlaps with computation (torch's DataLoader calls this)."""
-        pin = lambda t: None if t is None else t.pin_memory()  # noqa: E731
-        return HostBatch(self.data.pin_memory(), self.position.pin_memory(), pin(self.label), pin(self.mirror))
+        label = None if self.label is None else self.label.pin_memory()
+        mirror = None if self.mirror is None else self.mirror.pin_memory()
+        return HostBatch(self.data.pin_memory(), self.position.pin_memory(), label, mirror)
 
     def to(
         self,
@@ -58,19 +59,23 @@ class HostBatch:
         dtype: torch.dtype = torch.float32,
         memory_format: torch.memory_format = torch.contiguous_format,
     ) -> Batch:
-        """Moves the bytes, then mirrors and scales 0..255 to `input_range` there: four times less traffic than floats."""
-        move = lambda t: None if t is None else t.to(device, non_blocking=True)  # noqa: E731
+        """Moves the bytes, then mirrors and scales 0..255 to `input_range` there: a quarter of the traffic."""
         x = self.data.to(device, non_blocking=True)
         if self.mirror is not None:
             flip = self.mirror.to(device, non_blocking=True).view(-1, *[1] * (x.dim() - 1))
             x = torch.where(flip, x.flip(-1), x)
         if not x.is_floating_point():
             low, high = input_range or (0.0, 1.0)
-            x = x.to(dtype).mul_((high - low) / 255.0).add_(low) if (low, high) != (0.0, 1.0) else x.to(dtype).div_(255.0)
+            x = (
+                x.to(dtype).mul_((high - low) / 255.0).add_(low)
+                if (low, high) != (0.0, 1.0)
+                else x.to(dtype).div_(255.0)
+            )
         x = x.to(dtype)
         if x.dim() == 4:
             x = x.contiguous(memory_format=memory_format)
-        return Batch(x, self.position.to(device, non_blocking=True), move(self.label))
+        label = None if self.label is None else self.label.to(device, non_blocking=True)
+        return Batch(x, self.position.to(device, non_blocking=True), label)
 
 
 class Stream(Protocol):

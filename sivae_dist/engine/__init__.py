@@ -1,1 +1,1 @@
-"""TODO"""
+"""Training: the loop, its phases, what it writes and how it resumes."""

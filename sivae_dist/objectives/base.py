@@ -26,16 +26,24 @@ from torch import Tensor
 class Gaussian(Protocol):
     """Diagonal Gaussian, as an encoder returns it."""
 
-    mu: Tensor
-    logvar: Tensor
+    @property
+    def mu(self) -> Tensor: ...  # noqa: D102
+
+    @property
+    def logvar(self) -> Tensor: ...  # noqa: D102
 
 
 class Prior(Protocol):
     """Diagonal Gaussian prior N(mu, exp(logvar)) over latents of `shape`."""
 
-    mu: float | Tensor
-    logvar: float | Tensor
-    shape: tuple[int, ...]
+    @property
+    def mu(self) -> float | Tensor: ...  # noqa: D102
+
+    @property
+    def logvar(self) -> float | Tensor: ...  # noqa: D102
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...  # noqa: D102
 
 
 @dataclass(frozen=True)

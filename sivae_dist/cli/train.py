@@ -1,0 +1,86 @@
+"""Command line of training: a YAML of differences, then single settings on top."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+import yaml
+
+from sivae_dist.cli.errors import guarded
+from sivae_dist.config import NAMED, RunConfig, from_dict, merge, read_yaml, to_yaml
+
+PROG = "sivae-dist train"
+
+
+@dataclass(frozen=True)
+class TrainCommand:
+    """Train a model. The same command again resumes the run.
+
+    Under several processes: accelerate launch [flags] -m sivae_dist.train --config ... (same options).
+    """
+
+    run: Annotated[RunConfig, tyro.conf.arg(name="")]
+    config: str | None = None
+    """YAML file with this run's differences from the defaults (see configs/)."""
+    out: str | None = None
+    """Run folder; runs/NAME after the config file's name when not given."""
+    resume: str = "auto"
+    """auto: go on from the run's latest checkpoint if there is one. never: refuse a folder that holds a run.
+    PATH: go on from that checkpoint."""
+    print_config: bool = False
+    """Print the resolved configuration as YAML and stop."""
+
+
+def parse(arguments: list[str]) -> TrainCommand:
+    """The command with its configuration: defaults, then the YAML file, then the command line.
+
+    Raises UserError for what is wrong in the YAML; leaves with a message and status 2 for a wrong option.
+    """
+    path = _option(arguments, "--config")
+    values = read_yaml(Path(path)) if path else {}
+    # The classes of the named sections must be known before their options can be.
+    names = {section: {"name": name} for section in NAMED if (name := _option(arguments, f"--{section}.name"))}
+    run = from_dict(merge(values, names), path or "the command line")
+    default = TrainCommand(run, config=path)
+    markers = (tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands)
+    command: TrainCommand = tyro.cli(
+        TrainCommand, prog=PROG, args=arguments, default=default, config=markers, use_underscores=True
+    )
+    return command
+
+
+def _option(arguments: list[str], name: str) -> str | None:
+    """The value of an option before the real parser runs; the last one given wins."""
+    value = None
+    for index, argument in enumerate(arguments):
+        if argument == name and index + 1 < len(arguments):
+            value = arguments[index + 1]
+        elif argument.startswith(f"{name}="):
+            value = argument.removeprefix(f"{name}=")
+    return value
+
+
+def run(arguments: list[str]) -> None:
+    """Parses and trains."""
+    command = parse(arguments)
+    if command.print_config:
+        print(to_yaml(command.run), end="")
+        return
+    from sivae_dist.engine.trainer import train  # noqa: PLC0415 (--help and --print-config stay quick)
+
+    out = command.out or f"runs/{Path(command.config).stem if command.config else command.run.model.name}"
+    train(command.run, out, command.resume)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point of `python -m sivae_dist.train`."""
+    guarded(run, sys.argv[1:] if arguments is None else arguments)
+
+
+def describe(values: dict[str, Any]) -> str:
+    """YAML text of plain values."""
+    return yaml.safe_dump(values, sort_keys=False)

@@ -1,0 +1,102 @@
+"""How this process came to be: under `accelerate launch`, torchrun or alone; on which device; with how many others."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Literal
+
+import torch
+
+from sivae_dist.distributed.group import Group
+from sivae_dist.errors import UserError
+
+
+@dataclass(frozen=True)
+class DistributedConfig:
+    """Ranks and how they share the work."""
+
+    strategy: Literal["auto", "ddp"] = "auto"
+    """ddp: every rank holds both players whole; gradients are summed. auto: what the accelerate config asks for."""
+    ranks: int | None = None
+    """Number of ranks this run must have; another number is an error. None accepts any."""
+    timeout_s: float = 600.0
+    """A collective that takes longer than this ends the run with an error instead of hanging."""
+
+    def __post_init__(self) -> None:
+        if self.ranks is not None and self.ranks < 1:
+            raise UserError(
+                f"distributed.ranks is {self.ranks}, must be at least 1", "set it to the number of processes"
+            )
+        if self.timeout_s <= 0:
+            raise UserError(f"distributed.timeout_s is {self.timeout_s}, must be positive", "for example 600")
+
+
+@dataclass
+class Launch:
+    """The running process group. `finish` must be called before the process ends well."""
+
+    group: Group
+    device: torch.device
+    accelerator: Any  # accelerate.Accelerator, or None when accelerate is not installed and there is one process
+
+    def describe(self) -> dict[str, object]:
+        """Facts for the run's manifest."""
+        kind = str(self.accelerator.distributed_type) if self.accelerator is not None else "DistributedType.NO"
+        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
+        return {
+            "ranks": self.group.ranks,
+            "device": name,
+            "kind": kind.removeprefix("DistributedType."),
+            "threads": torch.get_num_threads(),
+        }
+
+    def finish(self) -> None:
+        """Waits for all ranks, then leaves the group: leaving without the barrier aborts some processes at exit."""
+        if self.group.ranks > 1:
+            self.accelerator.wait_for_everyone()
+        if self.accelerator is not None:
+            self.accelerator.end_training()
+
+
+def start(config: DistributedConfig) -> Launch:
+    """Joins the processes that were launched together.
+
+    Raises UserError when accelerate is needed but missing, asks for a strategy that is not there, or the number of
+    ranks is not the one asked for (`accelerate launch --cpu --num_processes 2` starts one process without a word).
+    """
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    cpu = not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in {"1", "true", "yes"}
+    try:
+        from accelerate import Accelerator  # noqa: PLC0415 (a run of one process does without it)
+        from accelerate.utils import InitProcessGroupKwargs  # noqa: PLC0415
+    except ImportError as error:
+        if world > 1:
+            raise UserError(f"{world} processes were launched, but accelerate cannot be imported: {error}",
+                            "pip install accelerate") from error  # fmt: skip
+        launch = Launch(Group(), torch.device("cpu" if cpu else "cuda"), None)
+        _check_ranks(config, launch.group.ranks)
+        return launch
+    for flag, name in (("ACCELERATE_USE_DEEPSPEED", "DeepSpeed"), ("ACCELERATE_USE_FSDP", "FSDP")):
+        if os.environ.get(flag, "").lower() in {"1", "true", "yes"}:
+            raise UserError(
+                f"the accelerate config asks for {name}; this version trains with the strategy 'ddp'",
+                "use launch/accelerate/ddp-multinode.yaml, or run `accelerate config` without it",
+            )
+    handlers = [InitProcessGroupKwargs(timeout=timedelta(seconds=config.timeout_s))]
+    accelerator = Accelerator(cpu=cpu, kwargs_handlers=handlers, mixed_precision="no")
+    group = Group(accelerator.process_index, accelerator.num_processes)
+    _check_ranks(config, group.ranks)
+    if group.ranks != world:
+        raise UserError(f"the launcher announced {world} processes, but {group.ranks} joined", "see `accelerate env`")
+    return Launch(group, accelerator.device, accelerator)
+
+
+def _check_ranks(config: DistributedConfig, ranks: int) -> None:
+    if config.ranks is not None and ranks != config.ranks:
+        raise UserError(
+            f"distributed.ranks is {config.ranks}, but {ranks} process{'es' if ranks > 1 else ''} started",
+            "`accelerate launch --cpu --num_processes N` starts one process only; on CPUs launch with "
+            "launch/accelerate/cpu-2.yaml, elsewhere check num_processes and num_machines",
+        )

@@ -1,0 +1,98 @@
+"""Strategy `ddp`: every rank holds both players whole, and each phase all-reduces the gradient of the trained one.
+
+No DistributedDataParallel wrapper: a phase calls the trained network several times through the frozen one, which
+needs either two step modules or find_unused_parameters there, and is silently wrong with static_graph. Adding up the
+gradients after the backward needs no hooks and makes no assumption about the graph. The gradient is the SUM over ranks
+of gradients of (local per-sample sums / global batch), so ranks may hold different numbers of samples, none included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from sivae_dist.distributed.group import Group
+
+BUCKET_BYTES = 64 << 20  # few large collectives; one bucket for most networks here
+
+
+class Replicated:
+    """Both players whole on every rank. `players` and `optimizers` share their keys."""
+
+    def __init__(
+        self,
+        players: dict[str, nn.Module],
+        optimizers: dict[str, Optimizer],
+        group: Group | None = None,
+        *,
+        clip_norm: float | None = None,
+    ) -> None:
+        self.players, self.optimizers, self.group = players, optimizers, group or Group()
+        self.clip_norm = clip_norm
+        self.bytes_reduced = 0  # gradient bytes handed to all-reduce since the start
+        self.collectives = 0  # number of gradient collectives since the start
+        for player in players.values():
+            self.group.broadcast_(player)
+
+    def train_only(self, names: Iterable[str]) -> None:
+        """Freezes every player but `names`, and clears the gradients of those.
+
+        A frozen player still passes gradients through; it only computes none for its own weights.
+        """
+        chosen = set(names)
+        for name, player in self.players.items():
+            for parameter in player.parameters():
+                parameter.requires_grad_(name in chosen)
+        for name in chosen:
+            self.optimizers[name].zero_grad(set_to_none=True)
+
+    def backward(self, loss: Tensor) -> None:
+        """Accumulates gradients of a scalar."""
+        loss.backward()  # type: ignore[no-untyped-call]
+
+    def reduce(self, name: str) -> Tensor:
+        """Sums the player's gradients over ranks and clips them. Returns their norm before clipping (scalar tensor).
+
+        The norm is non-finite exactly if some gradient is, on any rank (or the norm overflows), so every rank
+        takes the same decision from it.
+        """
+        parameters = list(self.players[name].parameters())
+        if self.group.ranks > 1:
+            for parameter in parameters:
+                if parameter.grad is None:  # unused here; another rank may have used it
+                    parameter.grad = torch.zeros_like(parameter)
+            for bucket in _buckets([p.grad for p in parameters if p.grad is not None]):
+                flat = torch.cat([gradient.reshape(-1) for gradient in bucket])
+                self.group.sum_(flat)
+                self.bytes_reduced += flat.numel() * flat.element_size()
+                self.collectives += 1
+                offset = 0
+                for gradient in bucket:
+                    gradient.copy_(flat[offset : offset + gradient.numel()].view_as(gradient))
+                    offset += gradient.numel()
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+        if self.clip_norm is not None:
+            torch._foreach_mul_(gradients, torch.clamp(self.clip_norm / (norm + 1e-6), max=1.0))
+        return norm
+
+    def step(self, name: str) -> None:
+        """One optimizer step of a player."""
+        self.optimizers[name].step()
+
+
+def _buckets(gradients: list[Tensor]) -> list[list[Tensor]]:
+    """Consecutive gradients of one dtype, up to BUCKET_BYTES each (a larger tensor is a bucket of its own)."""
+    buckets: list[list[Tensor]] = []
+    size = 0
+    for gradient in gradients:
+        nbytes = gradient.numel() * gradient.element_size()
+        if not buckets or size + nbytes > BUCKET_BYTES or buckets[-1][0].dtype != gradient.dtype:
+            buckets.append([])
+            size = 0
+        buckets[-1].append(gradient)
+        size += nbytes
+    return buckets

@@ -1,0 +1,209 @@
+"""Checkpoints that are whole or absent, and that nothing can hide code in.
+
+    checkpoints/nimg-000012345/   weights.safetensors    both players, current weights and buffers
+                                  ema.safetensors        the same names, averaged
+                                  optimizer.safetensors  PLAYER/PARAMETER/STATE
+                                  state.json             format, nimg, plan salt, config, sums since the last report
+                                  files.json             size and sha256 of the others
+    checkpoints/latest            name of the newest complete one
+
+A checkpoint is written under another name, synced to disk and renamed; only then does `latest` move. So a run killed
+at any instant resumes from the last complete one. Everything is JSON or safetensors: reading executes nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from sivae_dist.engine.run_folder import write_atomic
+from sivae_dist.errors import UserError
+
+FORMAT = 1
+_NAME = re.compile(r"nimg-(\d{9,})")
+TENSOR_FILES = ("weights", "ema", "optimizer")
+FILES = (*(f"{stem}.safetensors" for stem in TENSOR_FILES), "state.json")
+
+
+@dataclass
+class Snapshot:
+    """Everything a run needs to go on, on the host, independent of the live tensors."""
+
+    nimg: int
+    tensors: dict[str, dict[str, Tensor]]  # file stem -> name -> tensor
+    state: dict[str, Any] = field(default_factory=dict)  # JSON-able
+
+
+def snapshot(
+    nimg: int,
+    model: nn.Module,
+    ema: nn.Module,
+    optimizers: dict[str, Optimizer],
+    state: dict[str, Any],
+) -> Snapshot:
+    """Copies the training state to host memory, so that training may go on while it is written."""
+    optimizer = {
+        f"{player}/{name}/{key}": value
+        for player, player_optimizer in optimizers.items()
+        for name, parameter in _named(model, player, player_optimizer).items()
+        for key, value in player_optimizer.state.get(parameter, {}).items()
+        if isinstance(value, Tensor)
+    }
+    tensors = {"weights": model.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer}
+    copies = {stem: {name: _host_copy(tensor) for name, tensor in group.items()} for stem, group in tensors.items()}
+    return Snapshot(nimg, copies, state)
+
+
+def restore(saved: Snapshot, model: nn.Module, ema: nn.Module, optimizers: dict[str, Optimizer]) -> None:
+    """Puts a snapshot back into live objects. Raises UserError when it belongs to another architecture."""
+    load_weights(model, saved.tensors["weights"], "the checkpoint")
+    load_weights(ema, saved.tensors["ema"], "the checkpoint's average")
+    for player, optimizer in optimizers.items():
+        for name, parameter in _named(model, player, optimizer).items():
+            prefix = f"{player}/{name}/"
+            stored = {k.removeprefix(prefix): v for k, v in saved.tensors["optimizer"].items() if k.startswith(prefix)}
+            optimizer.state[parameter] = {
+                # Moments lie in memory as their parameter does; the step count stays on the host, where Adam keeps it.
+                key: torch.empty_like(parameter).copy_(value) if value.shape == parameter.shape else value.clone()
+                for key, value in stored.items()
+            }
+            if not stored:
+                del optimizer.state[parameter]
+
+
+def load_weights(module: nn.Module, tensors: dict[str, Tensor], what: str) -> None:
+    """Copies tensors into a module of the same names and shapes. Raises UserError naming what does not fit."""
+    own = module.state_dict()
+    missing, extra = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
+    shapes = [
+        f"{name}: {tuple(tensors[name].shape)} there, {tuple(own[name].shape)} here"
+        for name in own
+        if name in tensors and tensors[name].shape != own[name].shape
+    ]
+    if missing or extra or shapes:
+        details = [f"{len(missing)} missing"] * bool(missing) + [f"{len(extra)} unknown"] * bool(extra) + shapes[:2]
+        first = (missing or extra or [""])[0]
+        raise UserError(
+            f"{what} is of another architecture ({'; '.join(details)}{', first ' + first if first else ''})",
+            "resume with the config stored in the run, or start a new run with another --out",
+        )
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(tensors[name])
+
+
+def write(folder: Path, saved: Snapshot) -> Path:
+    """Writes a complete checkpoint into the run's checkpoint folder and moves `latest` to it. Returns its path."""
+    final = folder / f"nimg-{saved.nimg:09d}"
+    aside = folder / f".{final.name}.tmp"
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    for stem in TENSOR_FILES:
+        save_file(saved.tensors[stem], aside / f"{stem}.safetensors")
+    (aside / "state.json").write_text(
+        json.dumps({"format": FORMAT, "nimg": saved.nimg, **saved.state}, indent=1), encoding="utf-8"
+    )
+    listing = {n: {"bytes": (aside / n).stat().st_size, "sha256": _sha256(aside / n)} for n in FILES}
+    (aside / "files.json").write_text(json.dumps(listing, indent=1), encoding="utf-8")
+    for name in [*FILES, "files.json"]:
+        _sync(aside / name)
+    _sync(aside)
+    remove(final)  # an earlier life of this run may have written it before it was taken back
+    aside.rename(final)
+    _sync(folder)
+    write_atomic(folder / "latest", final.name + "\n")
+    _sync(folder)
+    return final
+
+
+def remove(path: Path) -> None:
+    """Deletes a checkpoint so that a kill in the middle never leaves something that looks complete."""
+    if path.exists():
+        doomed = path.with_name(f".{path.name}.deleted")
+        shutil.rmtree(doomed, ignore_errors=True)
+        path.rename(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
+def read(path: Path) -> Snapshot:
+    """Reads a checkpoint and checks it against its list of files. Raises UserError when it is damaged or newer."""
+    try:
+        listing = json.loads((path / "files.json").read_text(encoding="utf-8"))
+        if not isinstance(listing, dict) or set(listing) != set(FILES):
+            raise UserError(f"{path}/files.json does not list the files of a checkpoint", _RESTORE_ADVICE)
+        for name, facts in listing.items():
+            if (path / name).stat().st_size != facts["bytes"] or _sha256(path / name) != facts["sha256"]:
+                raise UserError(f"{path / name} differs from what was written (size or sha256)", _RESTORE_ADVICE)
+        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        if state["format"] > FORMAT:
+            raise UserError(
+                f"{path} has checkpoint format {state['format']}, this version reads up to {FORMAT}",
+                "update sivae-dist",
+            )
+        tensors = {stem: load_file(path / f"{stem}.safetensors") for stem in TENSOR_FILES}
+        return Snapshot(int(state["nimg"]), tensors, state)
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise UserError(f"cannot read the checkpoint {path}: {error}", _RESTORE_ADVICE) from error
+
+
+_RESTORE_ADVICE = "resume from another checkpoint of the run (--resume PATH), or start anew (--resume never)"
+
+
+def complete(folder: Path) -> list[Path]:
+    """The complete checkpoints in a run's checkpoint folder, oldest first."""
+    if not folder.is_dir():
+        return []
+    found = [path for path in folder.iterdir() if _NAME.fullmatch(path.name) and (path / "files.json").is_file()]
+    return sorted(found, key=nimg_of)
+
+
+def nimg_of(path: Path) -> int:
+    """Images seen by the checkpoint of this name."""
+    return int(path.name.removeprefix("nimg-"))
+
+
+def latest(folder: Path) -> Path | None:
+    """The checkpoint to resume from: the one `latest` names, else the newest complete one, else None."""
+    pointer = folder / "latest"
+    if pointer.is_file():
+        name = pointer.read_text(encoding="utf-8").strip()
+        if _NAME.fullmatch(name) and (folder / name / "files.json").is_file():
+            return folder / name
+    found = complete(folder)
+    return found[-1] if found else None
+
+
+def _named(model: nn.Module, player: str, optimizer: Optimizer) -> dict[str, nn.Parameter]:
+    """Names (within the player) of the parameters an optimizer holds."""
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    return {n: p for n, p in getattr(model, player).named_parameters() if id(p) in held}
+
+
+def _host_copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", copy=True).contiguous()
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    """Forces a file or a folder's entries to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,118 @@
+"""When checkpoints are written, by whom, and which are kept."""
+
+from __future__ import annotations
+
+import json
+import math
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from sivae_dist.engine import checkpoint
+from sivae_dist.engine.checkpoint import Snapshot
+from sivae_dist.errors import UserError
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """Checkpoints and which of them stay."""
+
+    every_kimg: float = 50.0
+    """A checkpoint every this many thousand images, and always at the end and when the run is asked to stop."""
+    keep_last: int = 2
+    """The newest ones are kept, at least one."""
+    keep_every_kimg: float = 0.0
+    """Besides those, one every this many thousand images stays for ever. 0 keeps none for that reason."""
+    best: str | None = "eval/psnr"
+    """The checkpoint with the best value of this metric is kept too. None keeps none for that reason."""
+    best_is: str = "max"
+    """max or min: which value of `best` is the better one."""
+    background: bool = True
+    """Write in a thread while training goes on."""
+
+    def __post_init__(self) -> None:
+        if self.every_kimg <= 0 or self.keep_last < 1 or self.keep_every_kimg < 0:
+            raise UserError(
+                f"checkpoint: every_kimg {self.every_kimg}, keep_last {self.keep_last}, "
+                f"keep_every_kimg {self.keep_every_kimg} are not all in range",
+                "every_kimg must be positive, keep_last at least 1, keep_every_kimg at least 0",
+            )
+        if self.best_is not in {"max", "min"}:
+            raise UserError(f"checkpoint.best_is is {self.best_is!r}", "use max or min")
+
+
+class CheckpointWriter:
+    """Writes checkpoints one after the other, in a thread if configured, and removes those no longer wanted."""
+
+    def __init__(self, config: CheckpointConfig, folder: Path) -> None:
+        self.config, self.folder = config, folder
+        self._thread = ThreadPoolExecutor(1, "checkpoint") if config.background else None
+        self._pending: Future[None] | None = None
+
+    def save(self, saved: Snapshot) -> None:
+        """Begins writing (waits for the previous one first, whose failure is raised here).
+
+        saved.state["metrics"] holds what was evaluated at exactly this nimg; it decides which checkpoint is the best.
+        """
+        self.wait()
+        if self._thread is None:
+            self._write(saved)
+        else:
+            self._pending = self._thread.submit(self._write, saved)
+
+    def wait(self) -> None:
+        """Returns when nothing is being written. Raises what the writing raised."""
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            pending.result()
+
+    def close(self) -> None:
+        """Waits for the last checkpoint and ends the thread."""
+        try:
+            self.wait()
+        finally:
+            if self._thread is not None:
+                self._thread.shutdown()
+
+    def _write(self, saved: Snapshot) -> None:
+        try:
+            checkpoint.write(self.folder, saved)
+        except OSError as error:
+            raise UserError(
+                f"cannot write the checkpoint of {saved.nimg} images into {self.folder}: {error}",
+                "make room (or check permissions) and run the same command again: it resumes from the one before",
+            ) from error
+        self._prune()
+
+    def _prune(self) -> None:
+        found = checkpoint.complete(self.folder)
+        keep = set(found[-self.config.keep_last :])
+        current = checkpoint.latest(self.folder)
+        if current is not None:
+            keep.add(current)
+        best = best_checkpoint(self.config, found)
+        if best is not None:
+            keep.add(best)
+        if self.config.keep_every_kimg > 0:
+            first_of_slot: dict[int, Path] = {}
+            for path in found:
+                slot = int(checkpoint.nimg_of(path) / (self.config.keep_every_kimg * 1000))
+                first_of_slot.setdefault(slot, path)
+            keep.update(path for number, path in first_of_slot.items() if number > 0)
+        for path in found:
+            if path not in keep:
+                checkpoint.remove(path)
+
+
+def best_checkpoint(config: CheckpointConfig, found: list[Path]) -> Path | None:
+    """The checkpoint whose stored metrics have the best value of `config.best`; None when none was evaluated."""
+    scores: list[tuple[float, Path]] = []
+    for path in found:
+        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        value = state.get("metrics", {}).get(config.best)
+        if isinstance(value, int | float) and math.isfinite(value):
+            scores.append((float(value), path))
+    if not scores:
+        return None
+    choose = max if config.best_is == "max" else min
+    return choose(scores, key=lambda pair: pair[0])[1]

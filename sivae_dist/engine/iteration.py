@@ -1,0 +1,161 @@
+"""One iteration of two-player training: every phase of the objective, in order, each with its own optimizer step.
+
+    for each phase (player trained, players frozen):
+        for each micro-batch: terms = objective(players, x, draws, carry);  backward(sum(loss) / global batch)
+        sum gradients over ranks -> finite? -> step
+
+All micro-batches of one phase come before the next phase: the decoder must see the encoder after its step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from sivae_dist import counters
+from sivae_dist.data import Batch
+from sivae_dist.distributed.replicated import Replicated
+from sivae_dist.engine.precision import Precision
+from sivae_dist.models import Autoencoder
+from sivae_dist.objectives import Draws, Objective, Phase, Terms
+
+Noise = Callable[[str], Tensor]
+Observer = Callable[[Phase, Terms], None]
+
+
+@dataclass
+class IterationReport:
+    """What an iteration leaves for reports; tensors stay on the device until someone looks.
+
+    sums:      (phase, term) -> sum of the per-sample term over this rank's samples (scalar tensor)
+    grad_norm: player -> norm of the summed gradient before clipping (scalar tensor)
+    skipped:   players whose step was skipped because of a non-finite gradient
+    """
+
+    sums: dict[tuple[str, str], Tensor] = field(default_factory=dict)
+    grad_norm: dict[str, Tensor] = field(default_factory=dict)
+    skipped: list[str] = field(default_factory=list)
+
+
+class Iteration:
+    """Runs iterations of an objective on a model whose players a strategy trains.
+
+    seed keys the noise; accumulation splits each rank's part of a batch into that many micro-batches (batch-norm
+    statistics are then those of a micro-batch over all ranks).
+    """
+
+    def __init__(
+        self,
+        model: Autoencoder,
+        objective: Objective,
+        strategy: Replicated,
+        *,
+        seed: int = 0,
+        accumulation: int = 1,
+        precision: Precision | None = None,
+    ) -> None:
+        self.model, self.objective, self.strategy = model, objective, strategy
+        self.seed, self.accumulation = seed, accumulation
+        self.precision = precision or Precision()
+
+    def __call__(
+        self,
+        batch: Batch,
+        *,
+        nimg: int,
+        global_batch: int,
+        noise: Noise | None = None,
+        observe: Observer | None = None,
+    ) -> IterationReport:
+        """One iteration on this rank's `batch` of a global batch that begins at image number `nimg`.
+
+        noise:   replaces the position-keyed draws (tests feed recorded ones).
+        observe: called after the backward passes of a phase and before its optimizer steps.
+        """
+        self.model.train()
+        report = IterationReport()
+        micro_batches = _split(batch, self.accumulation)
+        carries: list[dict[str, Tensor]] = [{} for _ in micro_batches]
+        for phase in self.objective.phases(nimg):
+            self.strategy.train_only(phase.trains)
+            with _statistics_only_of(self.model, phase.statistics):
+                for micro, carry in zip(micro_batches, carries, strict=True):
+                    terms = self._terms(phase, micro, carry, noise)
+                    self.strategy.backward(terms.loss.sum() / global_batch)
+                    carry.update(terms.carry)
+                    _add(report.sums, phase.name, terms)
+            norms = {player: self.strategy.reduce(player) for player in phase.trains}
+            report.grad_norm.update(norms)
+            if observe is not None:
+                observe(phase, terms)
+            if bool(torch.stack(list(norms.values())).isfinite().all()):
+                for player in phase.trains:
+                    self.strategy.step(player)
+            else:
+                report.skipped.extend(phase.trains)
+        return report
+
+    def _terms(self, phase: Phase, micro: Batch, carry: dict[str, Tensor], noise: Noise | None) -> Terms:
+        condition = one_hot(micro.label, self.model.condition_dim, micro.x)
+        players = self.precision.players(self.model, condition)
+        draws = Draws(noise or self._noise(micro), self.strategy.group.mean)
+        return phase.loss(players, micro.x, draws, carry)
+
+    def _noise(self, micro: Batch) -> Noise:
+        """Draws keyed by (seed, name, position): the same for any number of ranks and after any restart."""
+
+        def draw(name: str) -> Tensor:
+            key = counters.key(self.seed, "noise", name)
+            return counters.normal(key, micro.position, self.model.prior.shape, micro.x.dtype)
+
+        return draw
+
+
+def one_hot(label: Tensor | None, classes: int, like: Tensor) -> Tensor | None:
+    """(B, classes) condition of a conditional model, None for an unconditional one (classes 0)."""
+    if classes == 0 or label is None:
+        return None
+    return nn.functional.one_hot(label, classes).to(like.dtype)
+
+
+def _split(batch: Batch, parts: int) -> list[Batch]:
+    """`parts` micro-batches of nearly equal size; some may be empty, the number is the same on every rank."""
+    if parts == 1:
+        return [batch]
+    labels = batch.label.tensor_split(parts) if batch.label is not None else [None] * parts
+    return [
+        Batch(x, position, label)
+        for x, position, label in zip(
+            batch.x.tensor_split(parts), batch.position.tensor_split(parts), labels, strict=True
+        )
+    ]
+
+
+def _add(sums: dict[tuple[str, str], Tensor], phase: str, terms: Terms) -> None:
+    for name, value in {**terms.named, "loss": terms.loss}.items():
+        total = value.detach().sum()
+        sums[phase, name] = sums[phase, name] + total if (phase, name) in sums else total
+
+
+@contextmanager
+def _statistics_only_of(model: Autoencoder, players: tuple[str, ...]) -> Iterator[None]:
+    """Stops the batch-norm running statistics of the other players; batch statistics are used either way."""
+    paused = [
+        layer
+        for name in ("encoder", "decoder")
+        if name not in players
+        for layer in getattr(model, name).modules()
+        if isinstance(layer, _BatchNorm) and layer.track_running_stats
+    ]
+    for layer in paused:
+        layer.track_running_stats = False
+    try:
+        yield
+    finally:
+        for layer in paused:
+            layer.track_running_stats = True

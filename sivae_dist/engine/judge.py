@@ -1,0 +1,39 @@
+"""Evaluating a finished (or running) run from outside."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from sivae_dist.distributed.group import Group
+from sivae_dist.engine.evaluate import Evaluator
+from sivae_dist.engine.load import load
+from sivae_dist.engine.precision import Precision
+from sivae_dist.errors import UserError
+from sivae_dist.evaluation.grids import save_png
+
+
+def judge(run: Path, *, images: int, checkpoint_name: str = "latest") -> tuple[dict[str, float], Path]:
+    """Metrics of a run's averaged weights on the held-out split, and the path of the grid drawn beside them.
+
+    Raises UserError when the run has no checkpoint or its data no held-out split.
+    """
+    trained = load(run if checkpoint_name == "latest" else run / "checkpoints" / checkpoint_name)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model, config = trained.model.to(device), trained.config
+    stream = config.data.build(seed=config.train.seed, salt=0, rank=0, ranks=1)
+    try:
+        settings = replace(config.eval, images=images)
+        evaluator = Evaluator(settings, stream, Group(), device, Precision("fp32", device.type), config.train.seed)
+        if not evaluator.available:
+            raise UserError(
+                "the run's data have no held-out split", "pack with --val-fraction or --val-count to make one"
+            )
+        results = evaluator.metrics(model)
+        path = run / "samples" / f"evaluate-nimg-{trained.nimg:09d}.png"
+        save_png(path, evaluator.pictures(model, model, config.tracking.images)["grid"])
+        return results, path
+    finally:
+        stream.close()

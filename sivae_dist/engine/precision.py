@@ -1,0 +1,73 @@
+"""Mixed precision with float32 islands: networks may compute in bfloat16, objectives never do."""
+
+from __future__ import annotations
+
+import os
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from sivae_dist.errors import UserError
+from sivae_dist.models import Autoencoder, Posterior
+from sivae_dist.objectives import Players
+
+
+@dataclass(frozen=True)
+class PrecisionConfig:
+    """Number formats of the networks' computations. Weights and optimizer state are float32 always."""
+
+    dtype: Literal["auto", "fp32", "bf16"] = "auto"
+    """auto follows `accelerate launch --mixed_precision` (fp32 without it)."""
+    channels_last: bool = True
+    """Store images and convolution weights with channels innermost: faster on CPUs and on tensor cores."""
+    tf32: bool = False
+    """Allow TF32 matrix products in float32 computations on CUDA devices."""
+
+    def resolved(self) -> Literal["fp32", "bf16"]:
+        """The dtype with `auto` resolved. Raises UserError for a launcher setting that is not supported."""
+        if self.dtype != "auto":
+            return self.dtype
+        launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+        if launched == "bf16":
+            return "bf16"
+        if launched == "no":
+            return "fp32"
+        raise UserError(
+            f"accelerate asks for mixed precision {launched!r}; supported are 'no' and 'bf16'",
+            "launch with --mixed_precision bf16 (or no), or set precision.dtype",
+        )
+
+
+class Precision:
+    """Wraps networks so that they run under autocast and return at least float32."""
+
+    def __init__(self, dtype: Literal["fp32", "bf16"] = "fp32", device_type: str = "cpu") -> None:
+        self.dtype, self.device_type = dtype, device_type
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """The context in which networks, and nothing else, are called."""
+        if self.dtype == "fp32":
+            return nullcontext()
+        return torch.autocast(self.device_type, dtype=torch.bfloat16)
+
+    def players(self, model: Autoencoder, condition: Tensor | None = None) -> Players:
+        """The model's networks as objectives see them: autocast inside, float32 (or float64) outside."""
+
+        def encoder(x: Tensor) -> Posterior:
+            with self.autocast():
+                posterior = model.encoder(x, condition)
+            return Posterior(_wide(posterior.mu), _wide(posterior.logvar))
+
+        def decoder(z: Tensor) -> Tensor:
+            with self.autocast():
+                x_hat = model.decoder(z, condition)
+            return _wide(x_hat)
+
+        return Players(encoder, decoder, model.prior)
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

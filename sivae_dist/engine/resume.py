@@ -1,0 +1,80 @@
+"""Where a run goes on, and whether it may."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from sivae_dist.config import RunConfig, to_dict
+from sivae_dist.data import Stream
+from sivae_dist.engine import checkpoint
+from sivae_dist.engine.checkpoint import Snapshot
+from sivae_dist.engine.run_folder import RunFolder
+from sivae_dist.errors import UserError
+from sivae_dist.models import Autoencoder
+
+# A resumed run must agree with its checkpoint in these: they fix what the weights mean and which sample comes when.
+FIXED = ("model", "train.seed", "data.lanes", "data.window")
+
+
+def find(run: RunFolder, resume_from: str, config: RunConfig) -> Snapshot | None:
+    """The snapshot to start from, None for a fresh start. Raises UserError when it does not belong to this config."""
+    if resume_from == "never":
+        if checkpoint.complete(run.checkpoints):
+            raise UserError(
+                f"{run.root} already holds a run, and --resume never asks for a new one",
+                "choose another --out, or remove that folder",
+            )
+        return None
+    path = checkpoint.latest(run.checkpoints) if resume_from == "auto" else Path(resume_from)
+    if path is None:
+        return None
+    saved = checkpoint.read(path)
+    stored, wanted = saved.state.get("config", {}), to_dict(config)
+    for key in FIXED:
+        before, now = _get(stored, key), _get(wanted, key)
+        if before != now:
+            detail = _difference(before, now)
+            raise UserError(
+                f"the checkpoint {path} was trained with {key} {detail}",
+                "use the run's own config.yaml, or another --out for a new run",
+            )
+    return saved
+
+
+def check_fits(stream: Stream, model: Autoencoder, saved: Snapshot | None) -> None:
+    """Raises UserError when data and model, or data and checkpoint, do not belong together."""
+    if stream.sample_shape != model.sample_shape:
+        raise UserError(
+            f"the data have shape {_shape(stream.sample_shape)}, the model takes {_shape(model.sample_shape)}",
+            "pack the data at the model's resolution (sivae-dist data pack --resolution ...), or set model.image_size "
+            "and model.channels_in to the data's",
+        )
+    if model.condition_dim and model.condition_dim != stream.classes:
+        raise UserError(
+            f"model.condition_dim is {model.condition_dim}, the data have {stream.classes} classes",
+            "set model.condition_dim to the number of classes (`sivae-dist data info` shows it), or to 0",
+        )
+    if saved is not None and saved.state["data"] != stream.fingerprint:
+        raise UserError(
+            "the data are not those the checkpoint was trained on (the manifests' hashes differ)",
+            "point data.url at the same shards, or start a new run with another --out",
+        )
+
+
+def _get(values: dict[str, Any], dotted: str) -> Any:
+    node: Any = values
+    for part in dotted.split("."):
+        node = node.get(part) if isinstance(node, dict) else None
+    return node
+
+
+def _difference(before: Any, now: Any) -> str:
+    if isinstance(before, dict) and isinstance(now, dict):
+        keys = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+        return ", ".join(f"{key} {before.get(key)!r} (now {now.get(key)!r})" for key in keys)
+    return f"{before!r} (now {now!r})"
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+    return " x ".join(map(str, shape))

@@ -1,0 +1,91 @@
+"""The run folder: names of everything a run writes, and writes that are never seen half done."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+from sivae_dist import __version__
+from sivae_dist.errors import UserError
+
+PACKAGES = ("torch", "accelerate", "deepspeed", "webdataset", "numpy", "tensorboard", "safetensors", "pillow")
+
+
+class RunFolder:
+    """Paths inside `runs/NAME/`."""
+
+    def __init__(self, root: str | Path) -> None:
+        self.root = Path(root)
+
+    config = property(lambda self: self.root / "config.yaml")
+    manifest = property(lambda self: self.root / "manifest.json")
+    metrics = property(lambda self: self.root / "metrics.jsonl")
+    summary = property(lambda self: self.root / "summary.json")
+    tensorboard = property(lambda self: self.root / "tensorboard")
+    samples = property(lambda self: self.root / "samples")
+    checkpoints = property(lambda self: self.root / "checkpoints")
+    logs = property(lambda self: self.root / "logs")
+
+    def create(self) -> None:
+        """Makes the folders. Raises UserError when the place cannot be written."""
+        try:
+            for path in (self.tensorboard, self.samples, self.checkpoints, self.logs):
+                path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"cannot write the run folder {self.root}: {error}", "choose another place with --out"
+            ) from error
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Writes beside, syncs and renames: a reader or a restart sees the old text or the new one, never a part."""
+    aside = path.with_name(f".{path.name}.tmp")
+    with open(aside, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    aside.replace(path)
+
+
+def write_json(path: Path, value: object) -> None:
+    """As `write_atomic`, of indented JSON."""
+    write_atomic(path, json.dumps(value, indent=2, default=str) + "\n")
+
+
+def environment() -> dict[str, object]:
+    """Versions that a result depends on: this code, Python, packages."""
+    packages: dict[str, str | None] = {}
+    for name in PACKAGES:
+        try:
+            packages[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            packages[name] = None
+    return {
+        "sivae_dist": __version__,
+        "revision": _revision(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": packages,
+        "argv": sys.argv,
+    }
+
+
+def _revision() -> str | None:
+    """Git revision of the checkout that this code runs from, with `+` when it has uncommitted changes."""
+    here = Path(__file__).resolve().parents[2]
+    if not (here / ".git").exists():
+        return None
+    git = ["git", "-C", str(here)]
+    try:
+        head, dirty = (
+            subprocess.run([*git, *words], capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+            for words in (("rev-parse", "HEAD"), ("status", "--porcelain", "-uno"))
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return head + ("+" if dirty else "")

@@ -1,0 +1,45 @@
+"""How long a run is, and when something recurring is due, all in images seen."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sivae_dist.errors import UserError
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Length, batch and seed of a run."""
+
+    kimg: float = 1000.0
+    """The run ends after this many thousand images (rounded up to whole batches)."""
+    batch: int = 32
+    """Images per iteration over all ranks together; any number of ranks gives the same training."""
+    accumulation: int = 1
+    """Each rank splits its part of a batch into this many micro-batches to save memory."""
+    seed: int = 0
+    """Keys weights, data order and all noise."""
+
+    def __post_init__(self) -> None:
+        if self.kimg <= 0 or self.batch < 1 or self.accumulation < 1:
+            raise UserError(
+                f"train: kimg {self.kimg}, batch {self.batch}, accumulation {self.accumulation} are not all in range",
+                "kimg must be positive, batch and accumulation at least 1",
+            )
+
+    @property
+    def total_nimg(self) -> int:
+        """Images after which the run ends: the first multiple of the batch that reaches kimg."""
+        wanted = round(self.kimg * 1000)
+        return -(-wanted // self.batch) * self.batch
+
+
+def due(nimg: int, batch: int, every_kimg: float) -> bool:
+    """Whether a multiple of `every_kimg` was passed by the iteration of `batch` images that ended at `nimg`.
+
+    Depends on positions only, so a resumed run does the same things at the same places. Never due when every_kimg <= 0.
+    """
+    if every_kimg <= 0:
+        return False
+    every = every_kimg * 1000
+    return int(nimg / every) > int((nimg - batch) / every)

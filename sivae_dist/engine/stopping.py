@@ -1,0 +1,46 @@
+"""Stopping well: a signal asks, all ranks agree, a checkpoint is written, the same command goes on later."""
+
+from __future__ import annotations
+
+import signal
+from types import FrameType
+from typing import Any
+
+import torch
+
+from sivae_dist.distributed.group import Group
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
+class StopSignals:
+    """Within the context, SIGINT, SIGTERM and SIGUSR1 ask for a stop after the current iteration.
+
+    A second SIGINT interrupts at once, as usual.
+    """
+
+    def __init__(self, group: Group) -> None:
+        self.group = group
+        self.asked = False
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> StopSignals:
+        for number in SIGNALS:
+            self._before[number] = signal.signal(number, self._ask)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        self.asked = True
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def agreed(self) -> bool:
+        """Whether any rank was asked to stop: the same answer on all ranks. Collective."""
+        if self.group.ranks == 1:
+            return self.asked
+        flag = torch.tensor(float(self.asked), device=self.group.device())
+        return bool(self.group.max_(flag).item())

@@ -1,0 +1,36 @@
+"""summary.json: how far a run came and what it reached, for people and scripts that come after it."""
+
+from __future__ import annotations
+
+import time
+
+from sivae_dist.engine.run_folder import RunFolder
+from sivae_dist.engine.tracking import read_metrics
+
+
+def summarise(run: RunFolder, nimg: int, *, finished: bool) -> dict[str, object]:
+    """The newest value of every metric, and how the evaluation compares with the mean image and the untrained model.
+
+    psnr_gain_over_mean_image_db: held-out reconstruction PSNR above that of the constant mean image.
+    swd_ratio_to_untrained: sliced Wasserstein distance of samples, divided by that of the untrained model's.
+    """
+    rows = read_metrics(run.metrics)
+    newest: dict[str, float] = {}
+    for row in rows:
+        newest |= row
+    untrained = next((row for row in rows if "eval/swd" in row and row["nimg"] == 0), {})
+    grids = sorted(run.samples.glob("nimg-*.png"))
+    summary: dict[str, object] = {
+        "finished": finished,
+        "nimg": nimg,
+        "kimg": nimg / 1000,
+        "written": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "metrics": {key: value for key, value in newest.items() if key != "nimg"},
+        "grid": str(grids[-1].relative_to(run.root)) if grids else None,
+    }
+    if "eval/psnr" in newest:
+        summary["psnr_gain_over_mean_image_db"] = newest["eval/psnr"] - newest["eval/psnr_mean_image"]
+    if "eval/swd" in newest and untrained:
+        summary["swd_untrained"] = untrained["eval/swd"]
+        summary["swd_ratio_to_untrained"] = newest["eval/swd"] / untrained["eval/swd"]
+    return summary

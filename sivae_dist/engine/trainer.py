@@ -1,0 +1,207 @@
+"""The training loop. `Trainer.run` reads from top to bottom; everything it does is a call with a name.
+
+shard -> HostBatch -> Batch -> phases of the objective (each: forward, backward, sum over ranks, step)
+      -> average -> report, evaluation, pictures, checkpoint when due
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from sivae_dist.config import RunConfig, to_dict, to_yaml
+from sivae_dist.distributed import launch as launching
+from sivae_dist.distributed.replicated import Replicated
+from sivae_dist.distributed.sync_batch_norm import synchronise_batch_norm
+from sivae_dist.engine import checkpoint, resume
+from sivae_dist.engine.checkpoint_writer import CheckpointWriter
+from sivae_dist.engine.clock import Clock, memory
+from sivae_dist.engine.ema import Ema
+from sivae_dist.engine.evaluate import Evaluator
+from sivae_dist.engine.guard import Guard
+from sivae_dist.engine.iteration import Iteration
+from sivae_dist.engine.meters import Meters
+from sivae_dist.engine.precision import Precision
+from sivae_dist.engine.run_folder import RunFolder, environment, write_atomic, write_json
+from sivae_dist.engine.schedule import due
+from sivae_dist.engine.stopping import StopSignals
+from sivae_dist.engine.summary import summarise
+from sivae_dist.engine.tracking import Progress, Tracker
+from sivae_dist.errors import UserError
+from sivae_dist.evaluation.grids import save_png
+from sivae_dist.models import Autoencoder
+from sivae_dist.objectives import Objective
+
+
+def train(config: RunConfig, out: str | Path, resume_from: str = "auto") -> Path:
+    """Trains until config.train.kimg thousand images are seen, or until asked to stop. Returns the run folder.
+
+    resume_from: "auto" (the run's latest checkpoint, if there is one), "never" (the folder must hold no run), or the
+    path of a checkpoint. Raises UserError for everything that the user can mend.
+    """
+    trainer = Trainer(config, out, resume_from)
+    trainer.run()
+    return trainer.folder.root
+
+
+class Trainer:
+    """One run in one process: builds all parts, restores them, loops, and leaves a summary."""
+
+    def __init__(self, config: RunConfig, out: str | Path, resume_from: str) -> None:
+        self.config, self.folder = config, RunFolder(out)
+        self.launch = launching.start(config.distributed)
+        self.group, self.device = self.launch.group, self.launch.device
+        saved = resume.find(self.folder, resume_from, config)
+        self.folder.create()
+
+        # Every rank builds the same weights from the seed; the strategy sends rank 0's to all anyway.
+        torch.manual_seed(config.train.seed)
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.precision.tf32
+        self.layout = torch.channels_last if config.precision.channels_last else torch.contiguous_format
+        self.model = self._build_model()
+        players = {"encoder": self.model.encoder, "decoder": self.model.decoder}
+        self.optimizers = config.optim.build(players)
+        strategy = Replicated(players, self.optimizers, self.group, clip_norm=config.optim.clip_norm)
+        self.ema = Ema(config.ema, self.model)
+        self.meters = Meters(self.group, self.device)
+
+        # The whole position of a run: images seen, and the salt of the data order.
+        self.nimg, self.salt = 0, 0
+        if saved is not None:
+            checkpoint.restore(saved, self.model, self.ema.model, self.optimizers)
+            self.nimg, self.salt = saved.nimg, int(saved.state["plan_salt"])
+            self.meters.load(saved.state["sums"])
+        self.stream = config.data.build(
+            seed=config.train.seed, salt=self.salt, rank=self.group.rank, ranks=self.group.ranks
+        )
+        resume.check_fits(self.stream, self.model, saved)
+
+        precision = Precision(config.precision.resolved(), self.device.type)
+        self.iteration = Iteration(
+            self.model,
+            build_objective(config, self.model),
+            strategy,
+            seed=config.train.seed,
+            accumulation=config.train.accumulation,
+            precision=precision,
+        )
+        self.evaluator = Evaluator(config.eval, self.stream, self.group, self.device, precision, config.train.seed)
+        self.newest: dict[str, float] = {}  # latest value of every metric, for the progress line
+
+    def _build_model(self) -> Autoencoder:
+        model = synchronise_batch_norm(self.config.model.build(), self.group).to(self.device)
+        if len(model.sample_shape) == 3:  # images; points have no channels to put last
+            model.to(memory_format=self.layout)  # type: ignore[call-overload]
+        return model
+
+    def run(self) -> None:
+        """The loop, then the summary."""
+        config, total, size = self.config, self.config.train.total_nimg, self.config.train.batch
+        self._describe()
+        self.tracker = Tracker(config.tracking, self.folder, resumed_nimg=self.nimg, is_main=self.group.is_main)
+        self.writer = CheckpointWriter(config.checkpoint, self.folder.checkpoints)
+        progress = Progress(total, self.nimg, enabled=config.tracking.progress and self.group.is_main)
+        self.guard, self.clock = Guard(self.group), Clock()
+
+        if self.nimg == 0 and config.eval.at_start:
+            self._evaluate()
+        batches = self.stream.batches(self.nimg, size)
+        stopped = False
+        try:
+            with StopSignals(self.group) as stop:
+                while self.nimg < total and not stopped:
+                    self.clock.begin()
+                    host_batch = next(batches)
+                    self.clock.data_arrived()
+                    batch = host_batch.to(self.device, self.model.input_range, memory_format=self.layout)
+                    rates = config.optim.apply(self.optimizers, self.nimg)
+                    report = self.iteration(batch, nimg=self.nimg, global_batch=size)
+                    self.nimg += size
+                    self.guard.check(report, self.nimg)
+                    self.ema.update(self.model, self.nimg, size)
+                    self.meters.add(report, size)
+                    self.clock.end(size)
+                    progress.advance(size)
+
+                    stopped = stop.agreed()
+                    finished = self.nimg >= total
+                    results: dict[str, float] = {}
+                    if due(self.nimg, size, config.tracking.every_kimg) or finished:
+                        self._report(rates)
+                        progress.show(self.newest)
+                    if due(self.nimg, size, config.eval.every_kimg) or finished:
+                        results = self._evaluate()
+                    if due(self.nimg, size, config.tracking.images_every_kimg) or finished:
+                        self._draw()
+                    if due(self.nimg, size, config.checkpoint.every_kimg) or finished or stopped:
+                        self._save(results)
+        finally:
+            self.stream.close()
+            progress.close()
+            self.writer.close()
+            self.tracker.close()
+        self._conclude(finished=self.nimg >= total)
+
+    def _describe(self) -> None:
+        if self.group.is_main:
+            write_atomic(self.folder.config, to_yaml(self.config))
+            facts = {"data": self.stream.fingerprint, "launch": self.launch.describe(), "started_at_nimg": self.nimg}
+            write_json(self.folder.manifest, {**environment(), **facts})
+
+    def _report(self, rates: dict[str, float]) -> None:
+        """Means since the last report, speeds, memory: one row of metrics."""
+        values = self.meters.means() | {f"lr/{player}": rate for player, rate in rates.items()}
+        values |= self.clock.read() | memory(self.device) | self.guard.counts()
+        values["data/epoch"] = self.nimg / self.stream.epoch_size
+        self.tracker.scalars(self.nimg, values)
+        self.newest |= values
+
+    def _evaluate(self) -> dict[str, float]:
+        """Metrics of the averaged model on held-out data; nothing without a held-out split."""
+        if not self.evaluator.available:
+            return {}
+        results = self.evaluator.metrics(self.ema.model)
+        self.tracker.scalars(self.nimg, results)
+        self.newest |= results
+        return results
+
+    def _draw(self) -> None:
+        """Picture grids into TensorBoard and the run's samples folder."""
+        if not self.group.is_main:
+            return
+        pictures = self.evaluator.pictures(self.model, self.ema.model, self.config.tracking.images)
+        if "grid" in pictures:
+            save_png(self.folder.samples / f"nimg-{self.nimg:09d}.png", pictures.pop("grid"))
+        for tag, picture in pictures.items():
+            self.tracker.image(self.nimg, tag, picture)
+
+    def _save(self, results: dict[str, float]) -> None:
+        """Begins a checkpoint. results: what was evaluated at exactly this point; ranks checkpoints for retention."""
+        self.meters.settle()
+        if not self.group.is_main:
+            return
+        self.tracker.sync()
+        state = {
+            "plan_salt": self.salt,
+            "sums": self.meters.state(),
+            "metrics": results,
+            "data": self.stream.fingerprint,
+            "config": to_dict(self.config),
+        }
+        self.writer.save(checkpoint.snapshot(self.nimg, self.model, self.ema.model, self.optimizers, state))
+
+    def _conclude(self, *, finished: bool) -> None:
+        if self.group.is_main:
+            write_json(self.folder.summary, summarise(self.folder, self.nimg, finished=finished))
+            if not finished:
+                print(f"stopped at {self.nimg / 1000:.3f} kimg; the same command goes on from here")
+        self.launch.finish()
+
+
+def build_objective(config: RunConfig, model: Autoencoder) -> Objective:
+    """The objective for this model's samples. Raises UserError for values out of range."""
+    try:
+        return config.objective.build(model.sample_shape)
+    except ValueError as error:  # objectives know no UserError: they import only torch
+        raise UserError(str(error), "correct the value in the config or on the command line") from error
