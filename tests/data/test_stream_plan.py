@@ -37,7 +37,9 @@ def test_an_epoch_serves_each_sample_once(counts, lanes, window, seed, epoch):
 
 @given(COUNTS, LANES, WINDOW, st.integers(1, 7), st.integers(1, 30), st.integers(0, 500))
 @settings(max_examples=100, deadline=None)
-def test_ranks_partition_every_batch_and_do_not_change_the_order(counts, lanes, window, ranks, batch, start):
+def test_ranks_partition_every_batch_and_do_not_change_the_order(  # noqa: PLR0917
+    counts, lanes, window, ranks, batch, start
+):
     plan = Plan(counts, lanes=lanes, window=window, seed=3)
     expected = np.arange(start, start + batch)
     parts = [plan.owned(start, batch, rank, ranks) for rank in range(ranks)]
@@ -142,8 +144,8 @@ def test_a_large_epoch_is_cheap_and_holds_little():
         plan.locate(epoch * plan.epoch_size + rng.integers(0, plan.epoch_size, 64))
     print(f"10 epochs of 3M samples entered in {time.perf_counter() - begin:.3f} s")
     assert len(plan._cache) <= 4
-    shard, index = plan.locate(np.arange(plan.epoch_size))
-    assert len(np.unique(shard * 1000 + index)) == 3_000_000
+    shard, index = plan.locate(np.arange(1_000_000, 1_200_000))
+    assert len(np.unique(shard * 1000 + index)) == 200_000
 
 
 def test_one_window_larger_than_the_data_and_chunks_of_windows(monkeypatch):
