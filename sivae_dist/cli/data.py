@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
+from sivae_dist.cli.errors import interrupts_raise
 from sivae_dist.data.pack import pack as pack_source
 from sivae_dist.data.pack_shard import PackOptions
 from sivae_dist.data.shard_read import load_manifest
@@ -57,6 +58,7 @@ def pack(
         name: Name of the data set; by default that of the source folder.
         license: Licence of the pictures, for the record.
     """
+    interrupts_raise()  # workers are stopped and unfinished files removed
     options = PackOptions(
         resolution=resolution,
         format=format,
