@@ -130,10 +130,9 @@ class SoftIntroVae:
         named = t.detached(rec=rec, kl_real=kl_real)
 
         # Second term of E, a mean over the kinds of fakes: 1/alpha exp(alpha ELBO(Dec(z))).
-        for source, x in {"rec": x_rec, "fake": x_fake}.items():
-            if source not in self.sources:
-                continue
-            attached = c.form == "paper"
+        fakes, attached = {"rec": x_rec, "fake": x_fake}, c.form == "paper"
+        for source in self.sources:
+            x = fakes[source]
             q = players.encoder(x if attached else x.detach())  # q(z|Dec(z))
             x_again = players.decoder(t.reparameterize(q, draws.noise(f"encoder/{source}")))
             target = x if attached or c.rec_target == "attached" else x.detach()
@@ -168,10 +167,10 @@ class SoftIntroVae:
             loss = loss + self.scale * c.beta_kl * kl_real
 
         # Second term of D, a mean over the kinds of fakes: -gamma ELBO(Dec(z)).
-        fakes = {source: x for source, x in (("rec", x_rec), ("fake", x_fake)) if source in self.sources}
-        posteriors = {source: players.encoder(x) for source, x in fakes.items()}
-        for source, x in fakes.items():
-            q, name = posteriors[source], f"decoder/{source}"
+        fakes = {"rec": x_rec, "fake": x_fake}
+        posteriors = {source: players.encoder(fakes[source]) for source in self.sources}
+        for source, q in posteriors.items():
+            x, name = fakes[source], f"decoder/{source}"
             kl_again = t.kl(q, prior)
             if c.form == "paper":
                 x_again = players.decoder(t.reparameterize(q, draws.noise(name)))
