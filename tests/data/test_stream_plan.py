@@ -37,9 +37,7 @@ def test_an_epoch_serves_each_sample_once(counts, lanes, window, seed, epoch):
 
 @given(COUNTS, LANES, WINDOW, st.integers(1, 7), st.integers(1, 30), st.integers(0, 500))
 @settings(max_examples=100, deadline=None)
-def test_ranks_partition_every_batch_and_do_not_change_the_order(  # noqa: PLR0917
-    counts, lanes, window, ranks, batch, start
-):
+def test_ranks_partition_every_batch_and_do_not_change_the_order(counts, lanes, window, ranks, batch, start):
     plan = Plan(counts, lanes=lanes, window=window, seed=3)
     expected = np.arange(start, start + batch)
     parts = [plan.owned(start, batch, rank, ranks) for rank in range(ranks)]
