@@ -201,7 +201,8 @@ class ShardStream:
         self.epoch_size, self.classes, self.fingerprint = self.plan.epoch_size, m.classes, m.fingerprint
         mirror_key = key(seed, "mirror") if config.mirror else None
         self._train = _Settings(config.url, m, shards, self.plan, mirror_key)
-        self._held_out = _Settings(config.url, m, m.of(config.held_out_split), None, None)
+        self.held_out_split = config.held_out_split if m.of(config.held_out_split) else config.split
+        self._held_out = _Settings(config.url, m, m.of(self.held_out_split), None, None)
         self._running: weakref.WeakSet[_Batches] = weakref.WeakSet()
 
     def batches(self, start: int, size: int) -> Iterator[HostBatch]:
@@ -212,7 +213,7 @@ class ShardStream:
         return self._start(_Batches(_Pictures(self._train), positions, self.config, self.config.workers))
 
     def held_out(self, limit: int, batch: int = 32) -> list[HostBatch]:
-        """Every ranks-th of the first `limit` held-out samples; position is the number in shard order."""
+        """Every ranks-th of the first `limit` samples of `held_out_split`; position is the number in shard order."""
         total = sum(s.count for s in self._held_out.shards)
         numbers = list(range(self.rank, min(limit, total), self.ranks))
         parts = [numbers[i : i + batch] for i in range(0, len(numbers), batch)]

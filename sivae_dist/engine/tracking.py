@@ -146,7 +146,8 @@ class Progress:
 
     def advance(self, images: int) -> None:
         """After an iteration."""
-        self._bar.update(min(images / 1000, self._bar.total - self._bar.n))  # sums of floats may pass the total
+        left = float(self._bar.total or 0) - float(self._bar.n)  # sums of floats may pass the total
+        self._bar.update(min(images / 1000, left))
 
     def show(self, values: dict[str, float]) -> None:
         """Puts the newest speeds and losses behind the bar."""
