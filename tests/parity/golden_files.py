@@ -108,7 +108,7 @@ FLOOR = 1e-6  # of the largest entry of a gradient set: some gradients are zero 
 
 
 def error(new: Tensor, golden: np.ndarray, largest: float = 0.0) -> float:
-    """max |new - golden| / max(max |golden|, FLOOR * largest); infinite where shapes differ or something is not finite."""
+    """max |new - golden| / max(max |golden|, FLOOR * largest); infinite for other shapes or non-finite values."""
     a, b = new.detach().double().cpu().numpy(), golden.astype(np.float64)
     if a.shape != b.shape or not np.isfinite(a).all():
         return float("inf")
@@ -143,15 +143,17 @@ class Comparison:
         self._note(key, error(new, stored), self._tolerance(stored, kind))
 
     def both(self, key: str, key32: str, new: Tensor, kind: str) -> None:
-        """Against the double result, and in single precision also against the recorded single one, where there are any."""
+        """Against the double result, and in single precision against the recorded single one, where there are any."""
         if key in self.golden:
             self.close(key, new, kind)
         if self.dtype == torch.float32 and key32 in self.golden:
             self.close(key32, new, kind)
 
     def gradients(self, prefix: str, new: dict[str, Tensor]) -> None:
-        """A set of gradients by published name; the sets of names must be equal."""
+        """A set of gradients by published name, if recorded; the sets of names must be equal."""
         keys = self.golden.under(prefix)
+        if not keys:
+            return
         if keys.keys() != new.keys():
             self.wrong.append(f"{self.golden.name}:{prefix} other gradients than recorded: {keys.keys() ^ new.keys()}")
         stored = {name: self.golden.array(keys[name]) for name in keys.keys() & new.keys()}

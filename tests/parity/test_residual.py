@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
@@ -18,6 +17,16 @@ from sivae_dist.objectives import Draws, terms
 from sivae_dist.objectives.vae import VaeConfig
 
 RUNS = [(name, run) for name in of("residual") for run in files()[name].runs()]
+
+
+@pytest.fixture(params=of("residual"))
+def golden(request: pytest.FixtureRequest) -> Golden:
+    return files()[request.param]
+
+
+def having(prefix: str) -> list[str]:
+    """The files with arrays of this prefix."""
+    return [name for name in of("residual") if files()[name].under(prefix)]
 
 
 def test_config_follows_from_shapes(golden: Golden, dtype: torch.dtype) -> None:
@@ -55,8 +64,8 @@ def test_forward(golden: Golden, dtype: torch.dtype, mode: str) -> None:
         found["decode"] = fresh.decode(z, condition)
         for name, value in found.items():
             compare.both(out + name, f"out32/{mode}/{name}", value, "forward")
-        for name, key in golden.under(f"{out}bn/").items():
-            compare.close(key, state[name], "statistics")
+        for entry, key in golden.under(f"{out}bn/").items():
+            compare.close(key, state[entry], "statistics")
 
 
 @dataclass
@@ -66,9 +75,9 @@ class AnyPrior:
     shape: tuple[int, ...] = ()
 
 
-def test_kl(golden: Golden, dtype: torch.dtype) -> None:
-    if not golden.under("kl/"):
-        pytest.skip("no KL cases in this file")
+@pytest.mark.parametrize("name", having("kl/"))
+def test_kl(name: str, dtype: torch.dtype) -> None:
+    golden = files()[name]
     inputs = golden.group("kl/in/", dtype)
     scalars = {name: golden.value(f"kl/in/{name}_scalar") for name in ("mu_o", "logvar_o")}
     priors = {
@@ -80,21 +89,19 @@ def test_kl(golden: Golden, dtype: torch.dtype) -> None:
     }
     with comparing(golden, dtype) as compare:
         for case in sorted({rest.split("/")[0] for rest in golden.under("kl/out/")}):
-            q = Posterior(inputs["mu"].clone().requires_grad_(), inputs["logvar"].clone().requires_grad_())
-            rows = terms.kl(q, priors[case])
+            mu, logvar = inputs["mu"].clone().requires_grad_(), inputs["logvar"].clone().requires_grad_()
+            rows = terms.kl(Posterior(mu, logvar), priors[case])
             for reduction, value in (("none", rows), ("mean", rows.mean()), ("sum", rows.sum())):
                 compare.close(f"kl/out/{case}/{reduction}", value)
-            # Posterior bounds logvar; within the bounds the gradient reaches the tensor given to it.
-            mu, logvar = inputs["mu"].clone().requires_grad_(), inputs["logvar"].clone().requires_grad_()
-            gradients = torch.autograd.grad(terms.kl(Posterior(mu, logvar), priors[case]).mean(), (mu, logvar))
+            gradients = torch.autograd.grad(rows.mean(), (mu, logvar))
             compare.close(f"kl/grad/{case}/mu", gradients[0])
             compare.close(f"kl/grad/{case}/logvar", gradients[1])
 
 
-def test_reconstruction(golden: Golden, dtype: torch.dtype) -> None:
-    """The published `none` of l1 and bce is elementwise and their `mean` goes over all elements; ours sum per sample."""
-    if not golden.under("recloss/"):
-        pytest.skip("no reconstruction cases in this file")
+@pytest.mark.parametrize("name", having("recloss/"))
+def test_reconstruction(name: str, dtype: torch.dtype) -> None:
+    """Published l1 and bce: `none` is elementwise and `mean` goes over all elements. Ours sum per sample."""
+    golden = files()[name]
     x, x_hat = golden.tensor("recloss/in/x", dtype), golden.tensor("recloss/in/recon_x", dtype)
     with comparing(golden, dtype) as compare:
         for kind in sorted({rest.split("/")[0] for rest in golden.under("recloss/out/")}):
@@ -108,19 +115,22 @@ def test_reconstruction(golden: Golden, dtype: torch.dtype) -> None:
             for reduction, value in (("none", none), ("mean", mean), ("sum", rows.sum())):
                 compare.close(f"recloss/out/{kind}/{reduction}", value, "loss")
             recorded = golden.under(f"recloss/grad/{kind}/")
-            for name, gradient in zip(recorded, torch.autograd.grad(mean, [leaves[n] for n in recorded]), strict=True):
-                compare.close(recorded[name], gradient, "loss")
+            gradients = torch.autograd.grad(mean, [leaves[leaf] for leaf in recorded])
+            for key, gradient in zip(recorded.values(), gradients, strict=True):
+                compare.close(key, gradient, "loss")
 
 
-def test_conditional_gradient(golden: Golden, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("name", having("vae/"))
+def test_conditional_gradient(name: str, dtype: torch.dtype) -> None:
     """A plain VAE step with condition; the reference has no conditional training loop."""
-    if not golden.under("vae/"):
-        pytest.skip("no single VAE gradient in this file")
+    golden = files()[name]
     net = load("residual", golden, dtype)
     condition = golden.tensor("in/cond", dtype) if "in/cond" in golden else None
     objective = VaeConfig().build(net.model.sample_shape)
     eps = golden.tensor("in/eps", dtype)
-    out = objective.joint_loss(net.players(condition), golden.tensor("in/x", dtype), Draws({"z_post": eps}.__getitem__), {})
+    out = objective.joint_loss(
+        net.players(condition), golden.tensor("in/x", dtype), Draws({"z_post": eps}.__getitem__), {}
+    )
     out.loss.mean().backward()
     with comparing(golden, dtype) as compare:
         compare.close("vae/out/loss_rec", out.named["rec"].mean(), "loss")
@@ -137,8 +147,3 @@ def test_training(name: str, run: str, dtype: torch.dtype) -> None:
     assert scale == pytest.approx(1 / torch.Size(net.model.sample_shape).numel(), rel=1e-12)
     soft.replay(golden, run, "residual", soft.IMAGE, None, dtype)
     golden.value(f"run/{run}/cfg/num_vae")
-
-
-@pytest.fixture(params=of("residual"))
-def golden(request: pytest.FixtureRequest) -> Iterator[Golden]:
-    yield files()[request.param]
