@@ -6,10 +6,9 @@ import os
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import tyro
-import yaml
 
 from sivae_dist.cli.errors import guarded
 from sivae_dist.config import NAMED, RunConfig, from_dict, merge, read_yaml, to_dict, to_yaml
@@ -33,9 +32,9 @@ class TrainCommand:
     resume: str = "auto"
     """auto: go on from the run's latest checkpoint if there is one. never: refuse a folder that holds a run.
     PATH: go on from that checkpoint."""
-    print_config: tyro.conf.FlagCreatePairsOff[bool] = False
+    print_config: bool = False
     """Print the resolved configuration as YAML and stop."""
-    dry_run: tyro.conf.FlagCreatePairsOff[bool] = False
+    dry_run: bool = False
     """Build everything, do one step of each phase on real data, print sizes, times and the plan of the run, and stop.
     Writes nothing."""
 
@@ -56,7 +55,7 @@ def parse(arguments: list[str]) -> TrainCommand:
         prog=PROG,
         args=arguments,
         default=default,
-        config=(tyro.conf.AvoidSubcommands,),
+        config=(tyro.conf.FlagCreatePairsOff, tyro.conf.AvoidSubcommands),
         use_underscores=True,
         console_outputs=os.environ.get("RANK", "0") == "0",  # all ranks have the same options: one of them tells
     )
@@ -90,8 +89,3 @@ def run(arguments: list[str]) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Entry point of `python -m sivae_dist.train`."""
     guarded(run, sys.argv[1:] if arguments is None else arguments)
-
-
-def describe(values: dict[str, Any]) -> str:
-    """YAML text of plain values."""
-    return yaml.safe_dump(values, sort_keys=False)

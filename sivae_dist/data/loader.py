@@ -23,26 +23,27 @@ from sivae_dist.errors import UserError
 
 @dataclass(frozen=True)
 class ShardsConfig(DataConfig):
-    """A packed data set (`sivae-dist data pack`).
-
-    url:     its folder.
-    split, held_out_split: what is trained on, and what `held_out` gives.
-    lanes, window: of the plan (see docs/data.md); they, the seed and the data decide the order. lanes >= ranks.
-    workers: decoding processes per rank, 0 decodes in the training process; prefetch: batches each keeps ready.
-    mirror:  flip half of the pictures left-right, chosen anew each time a picture is served.
-    timeout_s: a batch that takes longer than this is an error instead of a hang.
-    """
+    """A packed data set (`sivae-dist data pack`)."""
 
     name: str = "shards"
     url: str = ""
+    """The folder that `sivae-dist data pack` made."""
     split: str = "train"
+    """What is trained on."""
     held_out_split: str = "val"
+    """What is evaluated on; data without this split are evaluated on what they are trained on."""
     lanes: int = 128
+    """Parallel reading lanes, at least one a rank. Data, seed, lanes and window fix the order (docs/data.md)."""
     window: int = 256
+    """Samples of a lane that are shuffled with each other."""
     workers: int = 2
+    """Decoding processes per rank; 0 decodes in the training process."""
     prefetch: int = 4
+    """Batches that each of them keeps ready."""
     mirror: bool = True
+    """Flip half of the pictures left-right, chosen anew each time a picture is served."""
     timeout_s: int = 600
+    """A batch that takes longer than this is an error instead of a hang."""
 
     def build(self, *, seed: int, salt: int, rank: int, ranks: int) -> ShardStream:
         """Reads the manifest only. Raises UserError for a folder or settings that cannot be used."""

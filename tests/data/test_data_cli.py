@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import tyro
-from conftest import craft, draw_folder, picture, png
+from drawn import craft, draw_folder, picture, png
 
 from sivae_dist.cli.data import COMMANDS
 from sivae_dist.errors import UserError
@@ -54,7 +54,6 @@ def test_verify_of_a_damaged_folder_is_an_error(tmp_path, capsys):
 
 
 def test_drawn_scenes_are_a_source(tmp_path, capsys):
-    pytest.importorskip("sivae_dist.data.sources.scenes")
     run("data pack", "scenes:6", tmp_path / "out", "--resolution", 16, "--val-count", 2)
     out = capsys.readouterr().out
     assert "6 samples (train 4, val 2)" in out

@@ -6,7 +6,7 @@ import io
 
 import numpy as np
 import pytest
-from conftest import picture, png
+from drawn import picture, png
 from PIL import Image
 
 from sivae_dist.data.decode import decode, encode, open_image, prepare, to_channels

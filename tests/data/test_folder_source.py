@@ -6,7 +6,7 @@ import os
 
 import numpy as np
 import pytest
-from conftest import draw_folder, picture
+from drawn import draw_folder, picture
 from PIL import Image
 
 from sivae_dist.data.manifest import is_key

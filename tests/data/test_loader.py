@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import draw_folder
+from drawn import draw_folder
 
 from sivae_dist.counters import coin, key
 from sivae_dist.data.base import DataConfig
@@ -219,6 +219,7 @@ def test_workers_live_through_signals_to_the_group(packed):
     source = stream(packed, workers=2)
     batches = source.batches(0, 4)
     next(batches)
+    next(batches)  # batches come from the workers in turn: both have started now
     for pid in children() - before:
         for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
             os.kill(pid, number)

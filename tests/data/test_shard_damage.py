@@ -10,7 +10,7 @@ import struct
 import zlib
 
 import pytest
-from conftest import craft, edit_manifest, picture, png
+from drawn import craft, edit_manifest, picture, png
 from PIL import Image
 
 from sivae_dist.data.loader import ShardsConfig
