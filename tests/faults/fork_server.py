@@ -5,13 +5,20 @@ Reads one JSON object a line: {"arguments", "env", "cwd", "stdout", "stderr", "s
 
 from __future__ import annotations
 
+import atexit
+import gc
 import json
 import os
 import signal
 import sys
+import threading
 import time
+import traceback
 
 import accelerate  # noqa: F401
+import torch._dynamo
+import torch.distributed.tensor
+import torch.utils.flop_counter
 import torch.utils.tensorboard  # noqa: F401
 
 import sivae_dist.cli.data
@@ -19,12 +26,15 @@ import sivae_dist.cli.doctor
 import sivae_dist.cli.evaluate
 import sivae_dist.cli.scenes
 import sivae_dist.cli.train
+import sivae_dist.data.pack
+import sivae_dist.data.sources.scenes
+import sivae_dist.engine.dry_run
 import sivae_dist.engine.trainer  # noqa: F401
 from sivae_dist.cli import main
 
 
 def child(order: dict) -> None:
-    """Becomes the command; ends the interpreter as `python -m sivae_dist` does."""
+    """Becomes the command, up to the end of its threads and exit functions; only freeing all memory is left out."""
     os.setsid()
     for number, name in ((1, "stdout"), (2, "stderr")):
         file = os.open(order[name], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
@@ -32,7 +42,19 @@ def child(order: dict) -> None:
     os.environ.update(order["env"])
     os.chdir(order["cwd"])
     sys.argv = ["sivae-dist", *order["arguments"]]
-    main(order["arguments"])
+    status = 0
+    try:
+        main(order["arguments"])
+    except SystemExit as left:
+        status = left.code if isinstance(left.code, int) else int(left.code is not None)
+    except BaseException:
+        traceback.print_exc()
+        status = 1
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def wait(pid: int, seconds: float) -> int:
@@ -47,10 +69,11 @@ def wait(pid: int, seconds: float) -> int:
     return 124
 
 
+sivae_dist.cli.train.parse([])  # loads every architecture, objective and dataset
+gc.freeze()
 for line in sys.stdin:
     task = json.loads(line)
     child_pid = os.fork()
     if not child_pid:
         child(task)
-        sys.exit(0)
     print(wait(child_pid, task["seconds"]), flush=True)
