@@ -49,10 +49,10 @@ def environment(extra: dict[str, str] | None = None) -> dict[str, str]:
 class Runner:
     """Starts commands in processes forked from one that has done the imports; see fork_server.py."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, prefix: tuple[str, ...] = ()) -> None:
         self.folder, self.count = folder, itertools.count()
         self.server = subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("fork_server.py"))],
+            [*prefix, sys.executable, str(Path(__file__).with_name("fork_server.py"))],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -60,13 +60,15 @@ class Runner:
             cwd=ROOT,
         )
 
-    def __call__(self, *arguments: object, env: dict[str, str] | None = None, seconds: float = 60) -> Done:
-        """Runs `sivae-dist ARGUMENTS`; a command that hangs fails here."""
+    def __call__(
+        self, *arguments: object, env: dict[str, str] | None = None, seconds: float = 60, **special: Any
+    ) -> Done:
+        """Runs `sivae-dist ARGUMENTS`; a command that hangs fails here. special: see fork_server.py."""
         number = next(self.count)
         files = {name: str(self.folder / f"{number}.{name}") for name in ("stdout", "stderr")}
         order = {"arguments": [str(a) for a in arguments], "env": env or {}, "cwd": str(self.folder), "seconds": seconds}
         assert self.server.stdin is not None and self.server.stdout is not None
-        self.server.stdin.write(json.dumps(order | files) + "\n")
+        self.server.stdin.write(json.dumps(order | files | special) + "\n")
         self.server.stdin.flush()
         answer = self.server.stdout.readline()
         assert answer, "the fork server has died"
