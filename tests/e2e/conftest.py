@@ -33,7 +33,7 @@ MEASURED = ("time/", "mem/")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """72 training and 16 held-out scenes of 16 px in several shards."""
     folder = tmp_path_factory.mktemp("scenes") / "shards"
-    command = ["data", "scenes", str(folder), "--resolution", "16", "--count", "88", "--val-count", "16"]
+    command = ["data", "pack", "scenes:88", str(folder), "--resolution", "16", "--val-count", "16", "--format", "png"]
     done = sivae_dist(*command, "--shard-size", "20")
     assert done.returncode == 0, done.stderr
     return folder
