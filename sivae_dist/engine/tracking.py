@@ -132,7 +132,7 @@ class Progress:
     """One line: kimg done and wanted, images per second, seconds per kimg, time left, the newest losses."""
 
     def __init__(self, total_nimg: int, nimg: int, *, enabled: bool) -> None:
-        bar = "{desc} {percentage:3.0f}%|{bar}| {n:.1f}/{total:.1f} kimg [{elapsed}<{remaining}, {postfix}]"
+        bar = "{desc} {percentage:3.0f}%|{bar}| {n:.1f}/{total:.1f} kimg [{elapsed}<{remaining}{postfix}]"
         self._bar = tqdm(
             total=total_nimg / 1000,
             initial=nimg / 1000,
@@ -146,7 +146,8 @@ class Progress:
 
     def advance(self, images: int) -> None:
         """After an iteration."""
-        self._bar.update(images / 1000)
+        left = float(self._bar.total or 0) - float(self._bar.n)  # sums of floats may pass the total
+        self._bar.update(min(images / 1000, left))
 
     def show(self, values: dict[str, float]) -> None:
         """Puts the newest speeds and losses behind the bar."""

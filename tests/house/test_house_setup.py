@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -192,3 +194,63 @@ def test_setup_options_reach_the_set_up(tools: Path) -> None:
     }.items():
         assert shell(tools, f"set -- {words}; {code}").stdout.strip() == shown
     assert os.access(ROOT / "launch/quickstart.sh", os.X_OK)
+
+
+def test_quickstart_says_and_does_three_steps(tools: Path, tmp_path: Path) -> None:
+    """With a Python that only writes down what it is asked to run."""
+    log, out = tmp_path / "commands", tmp_path / "a run"
+    python = script(tmp_path / "python", f'case "$1" in -m) echo "$*" >>"{log}";; esac')
+
+    def quickstart() -> tuple[list[str], str]:
+        log.write_text("")
+        options = ["--offline", "--python", python, "--out", out, "--", "--train.kimg", "2"]
+        done = run(tools, ROOT / "launch/quickstart.sh", *options)
+        assert done.returncode == 0, done.stderr
+        return log.read_text().splitlines(), done.stderr
+
+    commands, said = quickstart()
+    assert [line.split("  ")[0] for line in said.splitlines() if line[:1].isdigit()] == ["1/3", "2/3", "3/3"]
+    data, train, evaluate = commands
+    assert data.startswith(f"-m sivae_dist data scenes {out}-data ")
+    assert "--config_file launch/accelerate/single.yaml -m sivae_dist.train --config configs/quickstart.yaml" in train
+    assert train.endswith(f"--out {out} --data.url {out}-data --train.kimg 2")
+    assert evaluate == f"-m sivae_dist evaluate {out}"
+    Path(f"{out}-data").mkdir()
+    Path(f"{out}-data/manifest.json").write_text("{}")
+    (out / "samples").mkdir(parents=True)
+    for number, name in enumerate(("z.png", "a.png")):
+        (out / "samples" / name).touch()
+        os.utime(out / "samples" / name, (number, number))
+    commands, said = quickstart()
+    assert commands == [train, evaluate], "data that are there are not drawn again"
+    assert f"newest picture: {out}/samples/a.png" in said
+
+
+@pytest.mark.parametrize("status", [0, 1])
+def test_ctrl_c_waits_for_the_training_and_stops_there(tools: Path, tmp_path: Path, status: int) -> None:
+    """Ctrl-C reaches every process of the terminal; this training saves for a moment before it ends."""
+    log = tmp_path / "commands"
+    training = (
+        "import pathlib, signal, sys, time; asked = []; signal.signal(signal.SIGINT, lambda *_: asked.append(1)); "
+        f"log = pathlib.Path({str(log)!r}); log.write_text('training'); t = time.monotonic()\n"
+        "while not asked and time.monotonic() - t < 60: time.sleep(0.02)\n"
+        f"time.sleep(0.3); log.write_text('saved'); sys.exit({status})"
+    )
+    (tmp_path / "training.py").write_text(training)
+    body = f'case "$*" in *sivae_dist.train*) exec {sys.executable} {tmp_path}/training.py;; '
+    python = script(tmp_path / "python", body + f'*evaluate*) echo evaluated >"{log}";; esac')
+    process = subprocess.Popen(
+        [ROOT / "launch/quickstart.sh", "--offline", "--python", python, "--out", tmp_path / "run"],
+        env={"PATH": str(tools)},
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 60
+    while not log.exists() or log.read_text() != "training":
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130 and "The same command goes on" in said
+    assert log.read_text() == "saved"

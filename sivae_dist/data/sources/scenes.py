@@ -95,7 +95,7 @@ def label(hour: float) -> int:
     return int(((hour + 3.0) % 24.0) // 6.0)
 
 
-@dataclass(frozen=True)
+@dataclass
 class ScenesSource:
     """`count` scenes, the first `val_count` of them held out (so that a larger dataset keeps the same held-out scenes).
 
@@ -117,6 +117,11 @@ class ScenesSource:
 
     def __len__(self) -> int:
         return self.count
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the labels."""
+        return LABELS
 
     def items(self) -> Iterator[Item]:
         """All scenes; `meta` holds the factors, `label` the time of day (LABELS)."""
