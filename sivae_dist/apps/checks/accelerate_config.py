@@ -163,11 +163,6 @@ def _precision(value: str, where: str) -> list[Check]:
 
 def _ignored(values: dict[str, Any]) -> list[Check]:
     """Settings that sivae-dist does not take from the launcher."""
-    found = []
-    steps = values.get("gradient_accumulation_steps") or 1
-    if steps != 1:
-        remedy = "remove it and set train.accumulation in the run's config"
-        found.append(warning(NAME, f"gradient_accumulation_steps {steps} has no effect", remedy))
     if values.get("dynamo_config"):
-        found.append(warning(NAME, "dynamo_config has no effect: networks are not compiled", "remove it"))
-    return found
+        return [warning(NAME, "dynamo_config has no effect: networks are not compiled", "remove it")]
+    return []
