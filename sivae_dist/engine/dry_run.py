@@ -211,7 +211,7 @@ def _stage(stage: Stage, trainer: Trainer) -> list[str]:
     for phase in stage.phases:
         lines.append(
             f"  phase {phase.name} (trains {' and '.join(phase.trains)}): loss {phase.loss:.6g}, "
-            f"{phase.flops_per_image / 1e9:.4f} GFLOP per image, {phase.seconds:.3f} s, "
+            f"{phase.flops_per_image / 1e9:.4g} GFLOP per image, {phase.seconds:.3f} s, "
             f"activations {_size(phase.activations)}"
         )
     return lines
