@@ -186,7 +186,11 @@ def _convert(value: Any, wanted: Any, where: str, source: str) -> Any:
         if value in arguments:
             return value
         raise _wrong(
-            source, where, value, f"one of {', '.join(map(str, arguments))}", nearest(_short(value), map(str, arguments))
+            source,
+            where,
+            value,
+            f"one of {', '.join(map(str, arguments))}",
+            nearest(_short(value), map(str, arguments)),
         )
     elif origin is tuple:
         items = value if isinstance(value, list | tuple) else [value]

@@ -66,7 +66,12 @@ class Runner:
         """Runs `sivae-dist ARGUMENTS`; a command that hangs fails here. special: see fork_server.py."""
         number = next(self.count)
         files = {name: str(self.folder / f"{number}.{name}") for name in ("stdout", "stderr")}
-        order = {"arguments": [str(a) for a in arguments], "env": env or {}, "cwd": str(self.folder), "seconds": seconds}
+        order = {
+            "arguments": [str(a) for a in arguments],
+            "env": env or {},
+            "cwd": str(self.folder),
+            "seconds": seconds,
+        }
         assert self.server.stdin is not None and self.server.stdout is not None
         self.server.stdin.write(json.dumps(order | files | special) + "\n")
         self.server.stdin.flush()

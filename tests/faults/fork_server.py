@@ -31,7 +31,7 @@ import sivae_dist.cli.train
 import sivae_dist.data.pack
 import sivae_dist.data.sources.scenes
 import sivae_dist.engine.dry_run
-import sivae_dist.engine.trainer  # noqa: F401
+import sivae_dist.engine.trainer
 from sivae_dist.cli import main
 
 

@@ -47,7 +47,18 @@ def test_a_sound_machine(run: Runner, packed: Path, tmp_path: Path) -> None:
     """Every check gives a verdict; whatever is off has a remedy; the text says what the JSON says."""
     status, found = examine(run, "--data", packed, "--out", tmp_path, deepspeed=True)
     assert status == int(any(c["status"] == "problem" for c in found.values()))
-    subjects = {"python", "torch", "accelerate", "c++ compiler", "nvcc", "ninja", "kernels", "gloo", "nccl", "deepspeed"}
+    subjects = {
+        "python",
+        "torch",
+        "accelerate",
+        "c++ compiler",
+        "nvcc",
+        "ninja",
+        "kernels",
+        "gloo",
+        "nccl",
+        "deepspeed",
+    }
     assert subjects | {"accelerate config", "out folder", "/dev/shm", "open files", "threads", "data"} <= found.keys()
     assert all(c["remedy"] for c in found.values() if c["status"] != "ok")
     assert found["gloo"]["status"] == found["data"]["status"] == found["python"]["status"] == "ok"
@@ -188,7 +199,9 @@ def test_few_open_files_and_blocked_packages(tmp_path: Path) -> None:
     for name in ("torch", "tyro", "numpy"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "__init__.py").write_text(f"raise ImportError('{name} was not built for this machine')")
-    code, found = alone(env={"PYTHONPATH": os.pathsep.join([str(tmp_path), STAND_IN, str(ROOT)])}, limit="ulimit -n 100")
+    code, found = alone(
+        env={"PYTHONPATH": os.pathsep.join([str(tmp_path), STAND_IN, str(ROOT)])}, limit="ulimit -n 100"
+    )
     assert code == 1
     for name in ("torch", "tyro", "numpy"):
         assert f"{name} was not built for this machine" in found[name]["found"]

@@ -31,7 +31,7 @@ def number(pattern: str, text: str) -> float:
 
 
 def forward_flops(config: Path) -> tuple[float, float]:
-    """FLOPs of encoder and decoder, forwards, for one image; and those of the first layer alone. By the layers' sizes."""
+    """FLOPs of encoder and decoder, forwards, for one image, by the layers' sizes; and those of the first layer."""
     model = from_dict(read_yaml(config), "test").model.build()
     layers: list[float] = []
 
@@ -57,7 +57,9 @@ def test_of_a_new_run(run: Runner, packed: Path, tmp_path: Path) -> None:
     text = done.stdout
     model = from_dict(read_yaml(config), "test").model.build()
     for name in ("encoder", "decoder"):
-        assert number(rf"{name} +([\d,]+) parameters", text) == sum(p.numel() for p in getattr(model, name).parameters())
+        assert number(rf"{name} +([\d,]+) parameters", text) == sum(
+            p.numel() for p in getattr(model, name).parameters()
+        )
     # Two stretches: the warm-up of 2 iterations, then 4 of the adversarial phases.
     assert re.findall(r"from ([\d.]+) kimg, (\d+) iterations", text) == [("0", "2"), ("0.02", "4")]
     assert re.findall(r"phase (\w+) ", text) == ["joint", "encoder", "decoder"]

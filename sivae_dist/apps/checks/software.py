@@ -88,7 +88,7 @@ def _ranges() -> dict[str, str]:
 
 def _split(requirement: str) -> tuple[str, str]:
     end = next((i for i, c in enumerate(requirement) if c in "<>=!~; "), len(requirement))
-    return requirement[:end], requirement[end:].split(";")[0].strip()
+    return requirement[:end], requirement[end:].split(";", maxsplit=1)[0].strip()
 
 
 def _outside(version: str, versions: str | None) -> str:
@@ -153,7 +153,9 @@ def kernels() -> list[Check]:
     stale = [p for p in root.glob("**/lock") if p.is_file() and time.time() - p.stat().st_mtime > STALE_S]
     if stale:
         listed = " ".join(map(str, stale[:5]))
-        what = f"{len(stale)} locks older than {STALE_S / 60:.0f} minutes: a build was killed, and later ones hang on it"
+        what = (
+            f"{len(stale)} locks older than {STALE_S / 60:.0f} minutes: a build was killed, and later ones hang on it"
+        )
         found.append(problem("extension locks", f"{what} ({listed})", f"when no build is running: rm {listed}"))
     else:
         found.append(ok("extension locks", f"none left behind in {root}"))

@@ -37,7 +37,7 @@ def out_folder(out: Path) -> list[Check]:
 
 def shared_memory() -> list[Check]:
     """/dev/shm carries batches from data workers."""
-    path = Path("/dev/shm")  # noqa: S108 (the fixed place of POSIX shared memory)
+    path = Path("/dev/shm")
     remedy = "start the container with --shm-size=8g (or --ipc=host), or set data.workers to 0"
     if not path.is_dir():
         return [warning("/dev/shm", "is missing: data workers cannot hand over batches", remedy)]
@@ -102,5 +102,3 @@ def data(url: str) -> list[Check]:
         return [problem("data", f"{bad[0].what}{more}", f"{bad[0].fix}; `sivae-dist data verify` reads everything")]
     what = f"{url}: {total} samples of {manifest.resolution} px in {len(manifest.shards)} shards"
     return [ok("data", f"{what}; first and last sample of {len(chosen)} shards decoded")]
-
-
