@@ -66,8 +66,8 @@ class SoftIntroVaeConfig(ObjectiveConfig):
     vae_warmup_kimg: float = 0.0
     """Thousand images of plain VAE first."""
     vae_warmup_scale: Literal["one", "same"] = "one"
-    """Factor of the warm-up's loss: one as published, or the same `scale` as afterwards. With one, Adam's second moments
-    are larger by the square of the number of pixels when the warm-up ends, and its steps tiny until they have decayed."""
+    """Factor of the warm-up's loss: one as published, or the same `scale` as afterwards. With one, Adam's second
+    moments are too large, by the square of the number of pixels, when the warm-up ends, and its steps tiny for long."""
 
     def build(self, sample_shape: tuple[int, ...], **_: Any) -> SoftIntroVae:
         """Raises ValueError for values out of range."""
