@@ -1,0 +1,42 @@
+"""Each phase's gradient, the terms and the weights after three iterations do not depend on the number of ranks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from launching import accelerate_launch
+from probe_training import collect
+
+from sivae_dist.distributed.group import Group
+
+TOLERANCE = 1e-9  # relative to the largest entry of the array, float64
+
+
+@pytest.fixture(scope="module")
+def alone() -> dict[str, np.ndarray]:
+    return collect(Group())
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_several_ranks_equal_one(ranks: int, alone: dict[str, np.ndarray], tmp_path: Path) -> None:
+    file = tmp_path / "numbers.npz"
+    done = accelerate_launch(ranks, str(Path(__file__).with_name("probe_training.py")), str(file), str(ranks))
+    assert done.returncode == 0, done.stdout + done.stderr
+    together = np.load(file)
+    assert set(together.files) == set(alone)
+    for name, expected in alone.items():
+        scale = max(float(np.abs(expected).max(initial=0.0)), 1e-12)
+        # A bias in front of a normalisation has gradient zero but for rounding.
+        floor = max(scale, 1e-4) if "gradient" in name else scale
+        error = float(np.abs(together[name] - expected).max(initial=0.0)) / floor
+        assert error <= TOLERANCE, f"{name}: {error:.2e}"
+
+
+def test_the_comparison_sees_a_wrong_gradient(alone: dict[str, np.ndarray]) -> None:
+    """Gradients of different iterations differ by far more than the tolerance, so equality above says something."""
+    first = alone["soft/gradient0/encoder/encoder.head.weight"]
+    second = alone["soft/gradient1/encoder/encoder.head.weight"]
+    assert np.abs(first - second).max() > 1e-3 * np.abs(first).max()
