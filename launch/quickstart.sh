@@ -56,8 +56,20 @@ fi
 device="$("$PY" -c 'import torch; print(torch.cuda.get_device_name(0) if torch.cuda.is_available() else "the CPU")')"
 say
 say "2/3  Training on $device -> $out (progress: samples/ in that folder, and TensorBoard)"
-"$PY" -m accelerate.commands.launch --config_file launch/accelerate/single.yaml -m sivae_dist.train \
-    --config configs/quickstart.yaml --out "$out" --data.url "$data" "$@"
+# Ctrl-C goes to all processes of the terminal. Only the training may act on it (it takes the signal over, saves and
+# ends): the launcher, left to itself, would die at once and leave the training behind.
+stopped=""
+trap 'stopped=1' INT
+(
+    trap '' INT
+    exec "$PY" -m accelerate.commands.launch --config_file launch/accelerate/single.yaml -m sivae_dist.train \
+        --config configs/quickstart.yaml --out "$out" --data.url "$data" "$@"
+) || { status=$?; [ -n "$stopped" ] || exit "$status"; }
+trap - INT
+if [ -n "$stopped" ]; then
+    say "Stopped. The same command goes on from the last checkpoint in $out."
+    exit 130
+fi
 
 say
 say "3/3  Evaluation"

@@ -5,10 +5,9 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import tyro
-import yaml
 
 from sivae_dist.cli.errors import guarded
 from sivae_dist.config import NAMED, RunConfig, from_dict, merge, read_yaml, to_yaml
@@ -23,7 +22,7 @@ class TrainCommand:
     Under several processes: accelerate launch [flags] -m sivae_dist.train --config ... (same options).
     """
 
-    run: Annotated[RunConfig, tyro.conf.arg(name="")]
+    run: Annotated[RunConfig, tyro.conf.arg(name=""), tyro.conf.FlagConversionOff]
     config: str | None = None
     """YAML file with this run's differences from the defaults (see configs/)."""
     out: str | None = None
@@ -46,7 +45,7 @@ def parse(arguments: list[str]) -> TrainCommand:
     names = {section: {"name": name} for section in NAMED if (name := _option(arguments, f"--{section}.name"))}
     run = from_dict(merge(values, names), path or "the command line")
     default = TrainCommand(run, config=path)
-    markers = (tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands)
+    markers = (tyro.conf.FlagCreatePairsOff, tyro.conf.AvoidSubcommands)
     command: TrainCommand = tyro.cli(
         TrainCommand, prog=PROG, args=arguments, default=default, config=markers, use_underscores=True
     )
@@ -79,8 +78,3 @@ def run(arguments: list[str]) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Entry point of `python -m sivae_dist.train`."""
     guarded(run, sys.argv[1:] if arguments is None else arguments)
-
-
-def describe(values: dict[str, Any]) -> str:
-    """YAML text of plain values."""
-    return yaml.safe_dump(values, sort_keys=False)

@@ -85,15 +85,17 @@ class Stream(Protocol):
     epoch_size: int
     classes: int  # number of label classes, 0 without labels
     fingerprint: str  # hash of the data manifest; stored in the run, compared on resume and across ranks
+    held_out_split: str  # name of the split that held_out() serves
 
     def batches(self, start: int, size: int) -> Iterator[HostBatch]:
         """Endless: this rank's samples of the global batches [start, start+size), [start+size, start+2 size), ..."""
         ...
 
-    def held_out(self, limit: int) -> list[HostBatch]:
-        """This rank's share of the first `limit` held-out samples, in a fixed order, in small batches, not mirrored.
+    def held_out(self, limit: int, batch: int) -> list[HostBatch]:
+        """This rank's share of the first `limit` samples to evaluate on: fixed order, batches of `batch`, unmirrored.
 
-        The union over ranks is exactly the first `limit` (or all) samples of the validation split; [] without a split.
+        The union over ranks is exactly the first `limit` (or all) samples of the validation split. Data without one
+        give training samples; `held_out_split` says which split it is.
         """
         ...
 

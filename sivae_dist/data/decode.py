@@ -93,11 +93,13 @@ def decode(data: bytes, *, resolution: int, channels: int, image_format: str) ->
 
     Raises UserError when the bytes are not an undamaged picture of exactly that size and format.
     """
-    image = open_image(data, formats=(_PILLOW_NAMES[image_format],))
-    if image.size != (resolution, resolution):
-        raise UserError(f"is {image.size[0]}x{image.size[1]} pixels, expected {resolution}x{resolution}")
     try:
+        image = open_image(data, formats=(_PILLOW_NAMES[image_format],))
+        if image.size != (resolution, resolution):
+            raise UserError(f"is {image.size[0]}x{image.size[1]} pixels, expected {resolution}x{resolution}")
         pixels = np.asarray(to_channels(image, channels))
-    except (OSError, ValueError, SyntaxError, EOFError) as error:  # what Pillow raises for damaged files
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:  # on damaged files Pillow raises OSError, SyntaxError, ValueError, struct.error, ...
         raise UserError(f"cannot be decoded: {error}") from None
-    return np.ascontiguousarray(pixels.transpose(2, 0, 1) if pixels.ndim == 3 else pixels[None])
+    return np.array(pixels.transpose(2, 0, 1) if pixels.ndim == 3 else pixels[None], order="C")

@@ -23,26 +23,27 @@ from sivae_dist.errors import UserError
 
 @dataclass(frozen=True)
 class ShardsConfig(DataConfig):
-    """A packed data set (`sivae-dist data pack`).
-
-    url:     its folder.
-    split, held_out_split: what is trained on, and what `held_out` gives.
-    lanes, window: of the plan (see docs/data.md); they, the seed and the data decide the order. lanes >= ranks.
-    workers: decoding processes per rank, 0 decodes in the training process; prefetch: batches each keeps ready.
-    mirror:  flip half of the pictures left-right, chosen anew each time a picture is served.
-    timeout_s: a batch that takes longer than this is an error instead of a hang.
-    """
+    """A packed data set (`sivae-dist data pack`)."""
 
     name: str = "shards"
     url: str = ""
+    """The folder that `sivae-dist data pack` made."""
     split: str = "train"
+    """What is trained on."""
     held_out_split: str = "val"
+    """What is evaluated on; data without this split are evaluated on what they are trained on."""
     lanes: int = 128
+    """Parallel reading lanes, at least one a rank. Data, seed, lanes and window fix the order (docs/data.md)."""
     window: int = 256
+    """Samples of a lane that are shuffled with each other."""
     workers: int = 2
+    """Decoding processes per rank; 0 decodes in the training process."""
     prefetch: int = 4
+    """Batches that each of them keeps ready."""
     mirror: bool = True
+    """Flip half of the pictures left-right, chosen anew each time a picture is served."""
     timeout_s: int = 600
+    """A batch that takes longer than this is an error instead of a hang."""
 
     def build(self, *, seed: int, salt: int, rank: int, ranks: int) -> ShardStream:
         """Reads the manifest only. Raises UserError for a folder or settings that cannot be used."""
@@ -157,7 +158,7 @@ class _Batches(Iterator[HostBatch]):
             raise StopIteration
         try:
             batch = next(self._iterator)
-        except RuntimeError as error:
+        except (RuntimeError, ConnectionError, EOFError) as error:
             self.close()
             raise self._plain(error) from error
         if isinstance(batch, _Failure):
@@ -169,8 +170,10 @@ class _Batches(Iterator[HostBatch]):
         self._iterator = None  # the DataLoader's iterator ends its workers when it is dropped
         self._pictures.close()
 
-    def _plain(self, error: RuntimeError) -> Exception:
+    def _plain(self, error: Exception) -> Exception:
         text = str(error)
+        if isinstance(error, ConnectionError | EOFError):  # it died while handing a batch over
+            text = f"exited unexpectedly: {text}"
         if "timed out" in text:
             what = f"no batch of {self._config.url} came within data.timeout_s = {self._config.timeout_s} s"
             return UserError(what, "check the disk or network it lies on, or raise data.timeout_s")
@@ -201,7 +204,8 @@ class ShardStream:
         self.epoch_size, self.classes, self.fingerprint = self.plan.epoch_size, m.classes, m.fingerprint
         mirror_key = key(seed, "mirror") if config.mirror else None
         self._train = _Settings(config.url, m, shards, self.plan, mirror_key)
-        self._held_out = _Settings(config.url, m, m.of(config.held_out_split), None, None)
+        self.held_out_split = config.held_out_split if m.of(config.held_out_split) else config.split
+        self._held_out = _Settings(config.url, m, m.of(self.held_out_split), None, None)
         self._running: weakref.WeakSet[_Batches] = weakref.WeakSet()
 
     def batches(self, start: int, size: int) -> Iterator[HostBatch]:
@@ -212,7 +216,7 @@ class ShardStream:
         return self._start(_Batches(_Pictures(self._train), positions, self.config, self.config.workers))
 
     def held_out(self, limit: int, batch: int = 32) -> list[HostBatch]:
-        """Every ranks-th of the first `limit` held-out samples; position is the number in shard order."""
+        """Every ranks-th of the first `limit` samples of `held_out_split`; position is the number in shard order."""
         total = sum(s.count for s in self._held_out.shards)
         numbers = list(range(self.rank, min(limit, total), self.ranks))
         parts = [numbers[i : i + batch] for i in range(0, len(numbers), batch)]

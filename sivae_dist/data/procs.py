@@ -7,7 +7,6 @@ import multiprocessing
 import os
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -20,6 +19,7 @@ Result = TypeVar("Result")
 Tick = Callable[[], object]
 
 _TICK_S = 0.3
+_WATCH_S = 0.5
 
 
 class StoppedError(Exception):
@@ -32,17 +32,24 @@ def usable_cores() -> int:
 
 
 def die_with_parent() -> None:
-    """Makes this worker process end soon after its parent ended, however it ended; Ctrl-C is left to the parent."""
+    """Ties this worker process to its parent: it ends soon after the parent, however that ended, and on its request.
+
+    Signals that a scheduler or a terminal sends to the whole group are the parent's to answer (by a checkpoint, say),
+    so the worker lives through Ctrl-C, SIGUSR1, SIGUSR2 and through a SIGTERM that is not the parent's.
+    """
     creator = multiprocessing.parent_process()
-    parent = os.getppid() if creator is None else creator.pid
+    parent = os.getppid() if creator is None or creator.pid is None else creator.pid
 
     def watch() -> None:
         while os.getppid() == parent:
-            time.sleep(0.5)
+            received = signal.sigtimedwait({signal.SIGTERM}, _WATCH_S)
+            if received is not None and received.si_pid == parent:
+                break
         os._exit(1)
 
-    with contextlib.suppress(ValueError):  # signals can be set in the main thread only
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # left to the watching thread, which learns the sender
     threading.Thread(target=watch, daemon=True, name="parent-watch").start()
 
 

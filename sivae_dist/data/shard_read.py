@@ -102,11 +102,11 @@ def _row_problem(row: Any, end: int, tar_bytes: int, classes: int) -> str:
     """What is wrong with [key, offset, size, crc32, label], or ""."""
     if not isinstance(row, list) or len(row) != 5 or not all(type(v) is int for v in row[1:4]):
         return "not a row of key, offset, size, crc32, label"
-    key, offset, size, _, label = row
+    key, offset, size, crc32, label = row
     if not is_key(key):
         return "its name is not allowed (expected letters, digits, -, _ and / inside, no dots)"
-    if not 0 < size <= MAX_MEMBER_BYTES:
-        return f"its size is outside 1..{MAX_MEMBER_BYTES}"
+    if not 0 < size <= MAX_MEMBER_BYTES or not 0 <= crc32 < 1 << 32:
+        return f"its size is outside 1..{MAX_MEMBER_BYTES}, or its checksum has more than 32 bits"
     if offset % BLOCK or offset < end + BLOCK or offset + size > tar_bytes:
         return f"its place is outside the tar of {tar_bytes} bytes or overlaps another"
     if (label is None) != (classes == 0) or (label is not None and not (type(label) is int and 0 <= label < classes)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,12 +34,14 @@ class EvalConfig:
     """Also evaluate the untrained model: the baseline that summary.json compares with."""
     images: int = 1024
     """Held-out images used (all, if there are fewer), and as many samples."""
+    batch: int = 32
+    """Images a rank evaluates at once."""
 
     def __post_init__(self) -> None:
-        if self.every_kimg < 0 or self.images < 2:
+        if self.every_kimg < 0 or self.images < 2 or self.batch < 1:
             raise UserError(
-                f"eval: every_kimg {self.every_kimg}, images {self.images} are not all in range",
-                "every_kimg must be at least 0, images at least 2",
+                f"eval: every_kimg {self.every_kimg}, images {self.images}, batch {self.batch} are not all in range",
+                "every_kimg must be at least 0, images at least 2, batch at least 1",
             )
 
 
@@ -53,23 +56,17 @@ class Evaluator:
         self, config: EvalConfig, stream: Stream, group: Group, device: torch.device, precision: Precision, seed: int
     ) -> None:
         self.config, self.group, self.device, self.precision, self.seed = config, group, device, precision, seed
-        self.host_batches = stream.held_out(config.images)
+        self.host_batches = stream.held_out(config.images, config.batch)
         count = torch.tensor(float(sum(len(b.position) for b in self.host_batches)))
         self.count = int(group.sum_(count.to(group.device())).item())
-
-    @property
-    def available(self) -> bool:
-        """Whether the data have a held-out split."""
-        return self.count > 0
 
     @torch.no_grad()
     def metrics(self, model: Autoencoder) -> dict[str, float]:
         """eval/psnr (dB, of decode(mu)), eval/psnr_mean_image (the constant baseline), eval/swd; global over ranks."""
-        batches = self._batches(model)
-        mean_image = self._mean_image(batches, model)
+        mean_image = self._mean_image(model)
         scores = torch.zeros(2, dtype=torch.float64, device=self.device)
         reals, fakes = [], []
-        for batch in batches:
+        for batch in self._batches(model):
             players = self.precision.players(model, one_hot(batch.label, model.condition_dim, batch.x))
             x_rec = players.decoder(players.encoder(batch.x).mu)
             scores[0] += psnr(batch.x, x_rec, _range(model)).double().sum()
@@ -91,10 +88,7 @@ class Evaluator:
 
         The current model's BN statistics are those of training; both models are judged in evaluation mode.
         """
-        batches = self._batches(averaged)
-        if not batches:
-            return {}
-        batch = batches[0]
+        batch = self.host_batches[0].to(self.device, averaged.input_range)
         x = batch.x[:columns]
         condition = one_hot(batch.label, averaged.condition_dim, batch.x)
         condition = condition[:columns] if condition is not None else None
@@ -120,12 +114,13 @@ class Evaluator:
         pictures["grid"] = grid(rows, _range(averaged))
         return pictures
 
-    def _batches(self, model: Autoencoder) -> list[Batch]:
-        return [batch.to(self.device, model.input_range) for batch in self.host_batches]
+    def _batches(self, model: Autoencoder) -> Iterator[Batch]:
+        """One batch at a time on the device; the bytes stay on the host."""
+        return (batch.to(self.device, model.input_range) for batch in self.host_batches)
 
-    def _mean_image(self, batches: list[Batch], model: Autoencoder) -> Tensor:
+    def _mean_image(self, model: Autoencoder) -> Tensor:
         total = torch.zeros(model.sample_shape, dtype=torch.float64, device=self.device)
-        for batch in batches:
+        for batch in self._batches(model):
             total += batch.x.double().sum(0)
         return (self.group.sum_(total) / self.count).float()
 

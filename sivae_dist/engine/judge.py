@@ -11,14 +11,14 @@ from sivae_dist.distributed.group import Group
 from sivae_dist.engine.evaluate import Evaluator
 from sivae_dist.engine.load import load
 from sivae_dist.engine.precision import Precision
-from sivae_dist.errors import UserError
 from sivae_dist.evaluation.grids import save_png
 
 
 def judge(run: Path, *, images: int, checkpoint_name: str = "latest") -> tuple[dict[str, float], Path]:
     """Metrics of a run's averaged weights on the held-out split, and the path of the grid drawn beside them.
 
-    Raises UserError when the run has no checkpoint or its data no held-out split.
+    Without a held-out split these are training images (the data set's manifest and `data info` tell the splits).
+    Raises UserError when the run has no checkpoint.
     """
     trained = load(run if checkpoint_name == "latest" else run / "checkpoints" / checkpoint_name)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -27,10 +27,6 @@ def judge(run: Path, *, images: int, checkpoint_name: str = "latest") -> tuple[d
     try:
         settings = replace(config.eval, images=images)
         evaluator = Evaluator(settings, stream, Group(), device, Precision("fp32", device.type), config.train.seed)
-        if not evaluator.available:
-            raise UserError(
-                "the run's data have no held-out split", "pack with --val-fraction or --val-count to make one"
-            )
         results = evaluator.metrics(model)
         path = run / "samples" / f"evaluate-nimg-{trained.nimg:09d}.png"
         save_png(path, evaluator.pictures(model, model, config.tracking.images)["grid"])

@@ -156,12 +156,17 @@ class Progress:
 
     def advance(self, images: int) -> None:
         """After an iteration."""
+<<<<<<< HEAD
         self._bar.update(min(images / 1000, self._total - self._bar.n))  # sums of floats may pass the total
 
     def rewind(self, nimg: int) -> None:
         """Back to this many images."""
         self._bar.n = nimg / 1000
         self._bar.refresh()
+=======
+        left = float(self._bar.total or 0) - float(self._bar.n)  # sums of floats may pass the total
+        self._bar.update(min(images / 1000, left))
+>>>>>>> main
 
     def show(self, values: dict[str, float]) -> None:
         """Puts the newest speeds and losses behind the bar."""

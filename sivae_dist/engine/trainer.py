@@ -174,7 +174,8 @@ class Trainer:
     def _describe(self) -> None:
         if self.group.is_main:
             write_atomic(self.folder.config, to_yaml(self.config))
-            facts = {"data": self.stream.fingerprint, "launch": self.launch.describe(), "started_at_nimg": self.nimg}
+            facts: dict[str, object] = {"launch": self.launch.describe(), "started_at_nimg": self.nimg}
+            facts |= {"data": self.stream.fingerprint, "evaluated_on": self.stream.held_out_split}
             write_json(self.folder.manifest, {**environment(), **facts})
 
     def _report(self, rates: dict[str, float]) -> None:
@@ -187,9 +188,7 @@ class Trainer:
         self.newest |= values
 
     def _evaluate(self) -> dict[str, float]:
-        """Metrics of the averaged model on held-out data; nothing without a held-out split."""
-        if not self.evaluator.available:
-            return {}
+        """Metrics of the averaged model on held-out data (or training data, if the data have no such split)."""
         results = self.evaluator.metrics(self.ema.model)
         self.tracker.scalars(self.nimg, results)
         self.newest |= results
@@ -200,8 +199,7 @@ class Trainer:
         if not self.group.is_main:
             return
         pictures = self.evaluator.pictures(self.model, self.ema.model, self.config.tracking.images)
-        if "grid" in pictures:
-            save_png(self.folder.samples / f"nimg-{self.nimg:09d}.png", pictures.pop("grid"))
+        save_png(self.folder.samples / f"nimg-{self.nimg:09d}.png", pictures.pop("grid"))
         for tag, picture in pictures.items():
             self.tracker.image(self.nimg, tag, picture)
 

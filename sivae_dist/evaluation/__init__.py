@@ -1,1 +1,1 @@
-"""TODO"""
+"""Judging models: how well they reproduce, how like the data their samples are, and pictures of both."""

@@ -1,1 +1,1 @@
-"""TODO"""
+"""Other formats: published checkpoints, and what their names mean here."""

@@ -53,15 +53,18 @@ class MlpDecoder(nn.Module):
 class MlpConfig(ModelConfig):
     """Multilayer perceptrons for points. Defaults: the published 2-D network.
 
-    x_dim: coordinates a point; zdim: latent dimensions; width: units a layer; hidden_layers: layers width -> width.
-    The published decoder also owns an unused scalar `loggamma`, which is left out.
+    Its decoder also owns an unused scalar `loggamma`, which is left out.
     """
 
     name: str = "mlp"
     x_dim: int = 2
+    """Coordinates a point."""
     zdim: int = 2
+    """Latent dimensions."""
     width: int = 256
+    """Units a layer."""
     hidden_layers: int = 3
+    """Layers from width to width, besides the first and the last."""
 
     @classmethod
     def tiny(cls) -> MlpConfig:

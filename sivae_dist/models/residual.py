@@ -135,33 +135,32 @@ class ResidualDecoder(nn.Module):
 
 @dataclass(frozen=True)
 class ResidualConfig(ModelConfig):
-    """Residual autoencoder for square images. Defaults: the published CIFAR-10 network.
-
-    channels_in:      image channels.
-    image_size:       pixels a side; must be a multiple of 2^n for n widths (any multiple: 28 with 2 widths gives a 7x7
-                      bottom map, 32 with 3 a 4x4 one).
-    channels:         widths from full resolution down, one for each halving.
-    zdim:             latent dimensions.
-    block:            where the second norm of a residual block sits; see ResidualBlock.
-    norm:             "batch" as published, or "group": no batch statistics, hence nothing that depends on the batch.
-    equal_width_skip: skip of the blocks between two equal consecutive widths. "published_introvae" puts a 1x1
-                      convolution there when the width exceeds 256: the IntroVAE code compares the integers by object
-                      identity, and widths parsed from its launch scripts are different objects from 257 up.
-    output:           "linear" as published; "sigmoid" for rec_loss "bce", which needs probabilities.
-    condition_dim:    length of the one-hot condition appended to the encoder's features and to z; 0 for none.
-    """
+    """Residual autoencoder for square images. Defaults: the published CIFAR-10 network."""
 
     name: str = "residual"
     channels_in: int = 3
+    """Image channels."""
     image_size: int = 32
+    """Pixels a side; must be a multiple of 2^n for n widths (any multiple: 28 with 2 widths gives a 7x7 bottom map,
+    32 with 3 a 4x4 one)."""
     channels: tuple[int, ...] = (64, 128, 256)
+    """Widths from full resolution down, one for each halving."""
     zdim: int = 128
+    """Latent dimensions."""
     block: Block = "soft_introvae"
+    """Where the second norm of a residual block sits; see ResidualBlock."""
     norm: Norm = "batch"
+    """batch as published, or group: no batch statistics, hence nothing that depends on the batch."""
     equal_width_skip: EqualWidthSkip = "identity"
+    """Skip of the blocks between two equal consecutive widths. published_introvae puts a 1x1 convolution there
+    when the width exceeds 256: the IntroVAE code compares the integers by object identity, and widths parsed from
+    its launch scripts are different objects from 257 up."""
     output: Output = "linear"
+    """linear as published; sigmoid for rec_loss bce, which needs probabilities."""
     condition_dim: int = 0
+    """Length of the one-hot condition appended to the encoder's features and to z; 0 for none."""
     input_range: tuple[float, float] = (0.0, 1.0)
+    """What black and white become; part of the model, so of its checkpoints."""
 
     @classmethod
     def tiny(cls) -> ResidualConfig:

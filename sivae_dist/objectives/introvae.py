@@ -24,26 +24,27 @@ FAKE_SOURCES = 2  # s = r, p in the paper: reconstructions and samples from the 
 
 @dataclass(frozen=True)
 class IntroVaeConfig(ObjectiveConfig):
-    """Hinge objective. Defaults: the published 256-px recipe.
-
-    beta_rec, beta_kl, beta_neg, margin: see the table at the top of the file.
-    hinge:           "batch_mean" as in the public code, max(0, m - mean of the KL over the whole batch);
-                     "per_sample" as in the paper, the mean of max(0, m - KL).
-    decoder_weight:  weight of the adversarial term in the decoder phase: "published" beta_kl / 2, "paper" beta_kl
-                     beta_neg / 2 (the same as in the encoder phase).
-    rec_loss:        "mse" as published, "l1" or "bce" (needs a decoder with output in [0, 1]).
-    vae_warmup_kimg: thousand images of plain VAE first, with unit weights as published.
-    """
+    """Hinge objective. Defaults: the published 256-px recipe."""
 
     name: str = "introvae"
     beta_rec: float = 0.05
+    """Weight of the reconstruction error (weight_rec in the public code)."""
     beta_kl: float = 1.0
+    """Weight of the KL of real data (weight_kl)."""
     beta_neg: float = 0.5
+    """Weight of the hinge on fakes (weight_neg; twice the paper's alpha)."""
     margin: float = 120.0
+    """m: how far, in nats of KL, the encoder pushes fakes away (m_plus)."""
     hinge: Literal["batch_mean", "per_sample"] = "batch_mean"
+    """batch_mean as in the public code, max(0, m - mean of the KL over the whole batch); per_sample as in the
+    paper, the mean of max(0, m - KL). With train.accumulation above 1 the batch is a micro-batch (of all ranks)."""
     decoder_weight: Literal["published", "paper"] = "published"
+    """Weight of the adversarial term in the decoder phase: published beta_kl / 2, paper beta_kl beta_neg / 2
+    (the same as in the encoder phase)."""
     rec_loss: t.RecLoss = "mse"
+    """mse as published, l1, or bce (which needs a decoder with output in [0, 1])."""
     vae_warmup_kimg: float = 0.0
+    """Thousand images of plain VAE first, with unit weights as published."""
 
     def build(self, sample_shape: tuple[int, ...], **_: Any) -> IntroVae:
         """Raises ValueError for values out of range."""

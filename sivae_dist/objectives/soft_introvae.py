@@ -26,45 +26,45 @@ _NOT_NEGATIVE = ("gamma", "beta_rec", "beta_kl", "beta_neg", "gamma_r", "vae_war
 
 @dataclass(frozen=True)
 class SoftIntroVaeConfig(ObjectiveConfig):
-    """Soft-introspective objective. Defaults: the public image code with its CIFAR-10 weights.
-
-    alpha, gamma:       of the paper.
-    beta_rec, beta_kl:  weights of the ELBO of real data; beta_kl also of the fakes' KL in the decoder phase.
-    beta_neg:           weight of the KL within exp().
-    gamma_r:            decoder phase: weight of the fakes' reconstruction error. The published 1e-8 vanishes in
-                        float32 but costs two decoder passes, which move the running statistics; 0 skips both.
-    scale:              s, None for 1 / (number of data dimensions); the 2-D experiments use 0.5.
-    rec_loss:           "mse", "l1" or "bce" (needs a decoder with output in [0, 1]).
-    rec_real_reduction: "sum" over the data dimensions everywhere. "published": the public code averages l1 and bce over
-                        them in the real-data and the gamma_r term but sums them within exp(), which changes their
-                        ratio by the number of pixels. No difference for mse.
-    rec_target:         whether the encoder's gradient also flows through the target x_rec of the reconstruction of a
-                        reconstruction ("attached": images, 2-D; "detached": 3-D).
-    decoder_z:          z of x_rec in the decoder phase: "reuse" the encoder phase's; "fresh_eps" on the old posterior
-                        (3-D); "reencode" with the updated encoder and fresh noise (style).
-    draws:              z_prior of the decoder phase: the encoder phase's ("shared") or "fresh" (style).
-    fake_sources:       what stands for Dec(z): mean over prior samples and reconstructions, or prior samples alone.
-    form:               "published", or "paper": nothing is stopped and gamma_r has no part (the full ELBO of the
-                        fakes counts). With fake_sources "prior" these are the paper's equations to the letter.
-    vae_warmup_kimg:    thousand images of plain VAE first, without the factor `scale` as published.
-    """
+    """Soft-introspective objective. Defaults: the public image code with its CIFAR-10 weights."""
 
     name: str = "soft_introvae"
     alpha: float = 2.0
+    """The paper's alpha: exponent of the soft threshold exp(alpha ELBO) / alpha."""
     gamma: float = 1.0
+    """The paper's gamma: weight of the fakes' ELBO in the decoder phase."""
     beta_rec: float = 1.0
+    """Weight of the reconstruction error in every ELBO."""
     beta_kl: float = 1.0
+    """Weight of the KL in the ELBO of real data, and of the fakes' KL in the decoder phase."""
     beta_neg: float = 256.0
+    """Weight of the KL within exp()."""
     gamma_r: float = 1e-8
+    """Decoder phase: weight of the fakes' reconstruction error. The published 1e-8 vanishes in float32 but costs two
+    decoder passes, which move the running statistics; 0 skips both."""
     scale: float | None = None
+    """Factor s of every ELBO; None for 1 / (number of data dimensions); the 2-D experiments use 0.5."""
     rec_loss: t.RecLoss = "mse"
+    """mse, l1, or bce (which needs a decoder with output in [0, 1])."""
     rec_real_reduction: RecRealReduction = "sum"
+    """sum over the data dimensions everywhere. published: the public code averages l1 and bce over them in the
+    real-data and the gamma_r term but sums them within exp(), which changes their ratio by the number of pixels.
+    No difference for mse."""
     rec_target: Literal["attached", "detached"] = "attached"
+    """Whether the encoder's gradient also flows through the target x_rec of the reconstruction of a reconstruction
+    (attached: images, 2-D; detached: 3-D)."""
     decoder_z: Literal["reuse", "fresh_eps", "reencode"] = "reuse"
+    """The z of x_rec in the decoder phase: reuse the encoder phase's; fresh_eps on the old posterior (3-D);
+    reencode with the updated encoder and fresh noise (style)."""
     draws: Literal["shared", "fresh"] = "shared"
+    """The z_prior of the decoder phase: the encoder phase's (shared), or fresh (style)."""
     fake_sources: Literal["prior+rec", "prior"] = "prior+rec"
+    """What stands for Dec(z): mean over prior samples and reconstructions, or prior samples alone."""
     form: Literal["published", "paper"] = "published"
+    """published, or paper: nothing is stopped and gamma_r has no part (the full ELBO of the fakes counts). With
+    fake_sources prior these are the paper's equations to the letter."""
     vae_warmup_kimg: float = 0.0
+    """Thousand images of plain VAE first, without the factor `scale` as published."""
 
     def build(self, sample_shape: tuple[int, ...], **_: Any) -> SoftIntroVae:
         """Raises ValueError for values out of range."""
@@ -137,10 +137,9 @@ class SoftIntroVae:
         named = t.detached(rec=rec, kl_real=kl_real)
 
         # Second term of E, a mean over the kinds of fakes: 1/alpha exp(alpha ELBO(Dec(z))).
-        for source, x in {"rec": x_rec, "fake": x_fake}.items():
-            if source not in self.sources:
-                continue
-            attached = c.form == "paper"
+        fakes, attached = {"rec": x_rec, "fake": x_fake}, c.form == "paper"
+        for source in self.sources:
+            x = fakes[source]
             q = players.encoder(x if attached else x.detach())  # q(z|Dec(z))
             x_again = players.decoder(t.reparameterize(q, draws.noise(f"encoder/{source}")))
             target = x if attached or c.rec_target == "attached" else x.detach()
@@ -175,10 +174,10 @@ class SoftIntroVae:
             loss = loss + self.scale * c.beta_kl * kl_real
 
         # Second term of D, a mean over the kinds of fakes: -gamma ELBO(Dec(z)).
-        fakes = {source: x for source, x in (("rec", x_rec), ("fake", x_fake)) if source in self.sources}
-        posteriors = {source: players.encoder(x) for source, x in fakes.items()}
-        for source, x in fakes.items():
-            q, name = posteriors[source], f"decoder/{source}"
+        fakes = {"rec": x_rec, "fake": x_fake}
+        posteriors = {source: players.encoder(fakes[source]) for source in self.sources}
+        for source, q in posteriors.items():
+            x, name = fakes[source], f"decoder/{source}"
             kl_again = t.kl(q, prior)
             if c.form == "paper":
                 x_again = players.decoder(t.reparameterize(q, draws.noise(name)))

@@ -16,20 +16,19 @@ RecRealReduction = Literal["sum", "published"]
 
 @dataclass(frozen=True)
 class VaeConfig(ObjectiveConfig):
-    """Negative ELBO. Defaults: the published warm-up (mse, unit weights, no scale).
-
-    beta_rec, beta_kl:  weights of reconstruction error and KL.
-    scale:              factor of the whole loss; None for 1 / (number of data dimensions).
-    rec_loss:           "mse", "l1" or "bce" (needs a decoder with output in [0, 1]).
-    rec_real_reduction: see SoftIntroVaeConfig.
-    """
+    """Negative ELBO. Defaults: the published warm-up (mse, unit weights, no scale)."""
 
     name: str = "vae"
     beta_rec: float = 1.0
+    """Weight of the reconstruction error."""
     beta_kl: float = 1.0
+    """Weight of the KL."""
     scale: float | None = 1.0
+    """Factor of the whole loss; None for 1 / (number of data dimensions)."""
     rec_loss: t.RecLoss = "mse"
+    """mse, l1, or bce (which needs a decoder with output in [0, 1])."""
     rec_real_reduction: RecRealReduction = "sum"
+    """sum over the data dimensions; published: the mean over them for l1 and bce, as the public code has it."""
 
     def build(self, sample_shape: tuple[int, ...], **_: Any) -> Vae:
         """Raises ValueError for values out of range."""

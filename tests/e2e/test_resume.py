@@ -34,8 +34,17 @@ def assert_same_end(run: Path, undisturbed: Path) -> None:
 @pytest.mark.parametrize("fatal", [3, SYNCS_A_WRITE + 1, 2 * SYNCS_A_WRITE - 1, 3 * SYNCS_A_WRITE - 3])
 def test_killed_while_writing_a_checkpoint(fatal: int, config: Path, undisturbed: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    command = [sys.executable, str(Path(__file__).with_name("dies_in_write.py")), "--config", str(config), "--out", str(run)]
-    died = subprocess.run(command, env=environment({"DIE_AT_SYNC": str(fatal)}), cwd=ROOT, capture_output=True, check=False)
+    command = [
+        sys.executable,
+        str(Path(__file__).with_name("dies_in_write.py")),
+        "--config",
+        str(config),
+        "--out",
+        str(run),
+    ]
+    died = subprocess.run(
+        command, env=environment({"DIE_AT_SYNC": str(fatal)}), cwd=ROOT, capture_output=True, check=False
+    )
     assert died.returncode == -signal.SIGKILL
     done = sivae_dist("train", "--config", str(config), "--out", str(run))
     assert done.returncode == 0, done.stderr
@@ -75,7 +84,9 @@ def test_killed_at_random_moments(config: Path, undisturbed: Path, tmp_path: Pat
 def test_asked_to_stop_saves_first(number: int, config: Path, undisturbed: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     command = [sys.executable, "-m", "sivae_dist", "train", "--config", str(config), "--out", str(run)]
-    process = subprocess.Popen(command, env=environment(), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, env=environment(), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     while process.poll() is None and not (run / "metrics.jsonl").is_file():
         time.sleep(0.01)
     while process.poll() is None and len((run / "metrics.jsonl").read_text().splitlines()) < 3:

@@ -67,7 +67,17 @@ def test_tensorboard_reads_it(run: Path) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(run), "--host", "127.0.0.1", "--port", str(port)]
+    command = [
+        sys.executable,
+        "-m",
+        "tensorboard.main",
+        "--logdir",
+        str(run),
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+    ]
     server = subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         base, tags = f"http://127.0.0.1:{port}/data/plugin", {}
@@ -75,7 +85,7 @@ def test_tensorboard_reads_it(run: Path) -> None:
         while time.monotonic() < deadline:
             try:
                 tags = get(f"{base}/scalars/tags").get("tensorboard", {})
-                if SCALARS <= tags.keys():
+                if tags.keys() >= SCALARS:
                     break
             except (urllib.error.URLError, ConnectionError):
                 pass

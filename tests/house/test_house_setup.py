@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -222,3 +224,33 @@ def test_quickstart_says_and_does_three_steps(tools: Path, tmp_path: Path) -> No
     commands, said = quickstart()
     assert commands == [train, evaluate], "data that are there are not drawn again"
     assert f"newest picture: {out}/samples/a.png" in said
+
+
+@pytest.mark.parametrize("status", [0, 1])
+def test_ctrl_c_waits_for_the_training_and_stops_there(tools: Path, tmp_path: Path, status: int) -> None:
+    """Ctrl-C reaches every process of the terminal; this training saves for a moment before it ends."""
+    log = tmp_path / "commands"
+    training = (
+        "import pathlib, signal, sys, time; asked = []; signal.signal(signal.SIGINT, lambda *_: asked.append(1)); "
+        f"log = pathlib.Path({str(log)!r}); log.write_text('training'); t = time.monotonic()\n"
+        "while not asked and time.monotonic() - t < 60: time.sleep(0.02)\n"
+        f"time.sleep(0.3); log.write_text('saved'); sys.exit({status})"
+    )
+    (tmp_path / "training.py").write_text(training)
+    body = f'case "$*" in *sivae_dist.train*) exec {sys.executable} {tmp_path}/training.py;; '
+    python = script(tmp_path / "python", body + f'*evaluate*) echo evaluated >"{log}";; esac')
+    process = subprocess.Popen(
+        [ROOT / "launch/quickstart.sh", "--offline", "--python", python, "--out", tmp_path / "run"],
+        env={"PATH": str(tools)},
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 60
+    while not log.exists() or log.read_text() != "training":
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130 and "The same command goes on" in said
+    assert log.read_text() == "saved"

@@ -166,8 +166,8 @@ def _terms(objective: SoftIntroVae, layout: Layout, step: Step) -> dict[str, Ten
 def _activations(compare: Any, prefix: str, step: Step) -> None:
     """First-iteration tensors.
 
-    Encoder calls: real, rec, fake in the first phase, rec, fake in the second. Decoder calls in each phase: fake, rec, and
-    rec_rec and rec_fake, which decode z_rec and z_fake.
+    Encoder calls: real, rec, fake in the first phase, rec, fake in the second. Decoder calls in each phase: fake, rec,
+    then rec_rec and rec_fake, which decode z_rec and z_fake.
     """
     recorded = compare.golden.under(f"{prefix}act/")
     if not recorded:
