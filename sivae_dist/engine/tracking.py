@@ -141,10 +141,9 @@ class Progress:
     """One line: kimg done and wanted, images per second, seconds per kimg, time left, the newest losses."""
 
     def __init__(self, total_nimg: int, nimg: int, *, enabled: bool) -> None:
-        self._total = total_nimg / 1000
         bar = "{desc} {percentage:3.0f}%|{bar}| {n:.1f}/{total:.1f} kimg [{elapsed}<{remaining}{postfix}]"
         self._bar = tqdm(
-            total=self._total,
+            total=total_nimg / 1000,
             initial=nimg / 1000,
             desc="training",
             bar_format=bar,
@@ -156,17 +155,13 @@ class Progress:
 
     def advance(self, images: int) -> None:
         """After an iteration."""
-<<<<<<< HEAD
-        self._bar.update(min(images / 1000, self._total - self._bar.n))  # sums of floats may pass the total
+        left = float(self._bar.total or 0) - float(self._bar.n)  # sums of floats may pass the total
+        self._bar.update(min(images / 1000, left))
 
     def rewind(self, nimg: int) -> None:
         """Back to this many images."""
         self._bar.n = nimg / 1000
         self._bar.refresh()
-=======
-        left = float(self._bar.total or 0) - float(self._bar.n)  # sums of floats may pass the total
-        self._bar.update(min(images / 1000, left))
->>>>>>> main
 
     def show(self, values: dict[str, float]) -> None:
         """Puts the newest speeds and losses behind the bar."""
