@@ -28,6 +28,7 @@ from sivae_dist.objectives.soft_introvae import SoftIntroVaeConfig
 
 LEAD = 1.5  # where fakes should settle, in units of the KL of real data
 ROOM = 1.1  # margin above the 95 % quantile of the KL of real data
+ROUGH = 2000  # a warm-up of fewer images is said to be short
 MEASURED = 512  # images that are measured after the warm-up
 WIDTHS = (64, 128, 256, 512)  # published widths from full resolution down; the last one repeats
 BOTTOM = 4  # pixels a side of the smallest map, as published
@@ -229,6 +230,8 @@ def describe(m: Measured) -> list[str]:
         f"  kl_rec   {m.kl_rec:.4g} nats, of encoded reconstructions",
         f"  kl_fake  {m.kl_fake:.4g} nats, of encoded samples, which the encoder was not trained on",
     ]
+    if m.nimg < ROUGH:
+        lines.append(f"  That is little: below {ROUGH} images take what follows as rough. More: --minutes, --images.")
     if m.kl_real < 1:
         lines.append("  The KL is below one nat: the code carries almost nothing. Raise --beta-rec, or train longer.")
     return lines
@@ -266,4 +269,4 @@ def _above(given: dict[str, Any], chosen: dict[str, Any]) -> dict[str, Any]:
 def _round(value: float, *, up: bool = False) -> float:
     """Two significant digits."""
     step = 10.0 ** (math.floor(math.log10(value)) - 1)
-    return float(f"{(math.ceil(value / step) if up else round(value / step)) * step:.2g}")
+    return float(f"{(math.ceil(value / step - 1e-9) if up else round(value / step)) * step:.2g}")
