@@ -16,9 +16,9 @@ def main(arguments: list[str] | None = None) -> None:
 
 def commands() -> dict[str, Callable[..., object]]:
     """All commands by name; a typed function each, whose signature is its command line."""
-    from sivae_dist.cli import data, evaluate, scenes  # noqa: PLC0415 (imports of one command must not cost another)
+    from sivae_dist.cli import data, evaluate, scenes, suggest  # noqa: PLC0415 (imports of one command must not cost another)
 
-    return {**data.COMMANDS, **scenes.COMMANDS, **evaluate.COMMANDS}
+    return {**data.COMMANDS, **scenes.COMMANDS, **evaluate.COMMANDS, **suggest.COMMANDS}
 
 
 def _run(arguments: list[str]) -> None:

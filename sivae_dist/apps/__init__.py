@@ -1,0 +1,1 @@
+"""Applications: what people do with data and trained models beyond training itself."""
