@@ -29,6 +29,7 @@ from sivae_dist.engine.loss_scale import LossScales
 from sivae_dist.engine.meters import Meters
 from sivae_dist.engine.precision import Precision
 from sivae_dist.engine.run_folder import RunFolder, environment, write_atomic, write_json
+from sivae_dist.engine.run_lock import RunLock
 from sivae_dist.engine.schedule import due
 from sivae_dist.engine.stopping import StopSignals
 from sivae_dist.engine.summary import summarise
@@ -39,28 +40,44 @@ from sivae_dist.models import Autoencoder
 from sivae_dist.objectives import Objective
 
 
-def train(config: RunConfig, out: str | Path, resume_from: str = "auto") -> Path:
+def train(config: RunConfig, out: str | Path, resume_from: str = "auto", *, dry_run: bool = False) -> Path:
     """Trains until config.train.kimg thousand images are seen, or until asked to stop. Returns the run folder.
 
     resume_from: "auto" (the run's latest checkpoint, if there is one), "never" (the folder must hold no run), or the
-    path of a checkpoint. Raises UserError for everything that the user can mend.
+    path of a checkpoint. dry_run: one step of each phase and a report instead, nothing is written.
+    Raises UserError for everything that the user can mend.
     """
-    trainer = Trainer(config, out, resume_from)
-    finished = trainer.run()
-    if trainer.group.is_main and not finished:
-        print(f"stopped at {trainer.nimg / 1000:.3f} kimg; the same command goes on from here")
+    trainer = Trainer(config, out, resume_from, writes=not dry_run)
+    try:
+        if dry_run:
+            from sivae_dist.engine.dry_run import dry_run as rehearse  # noqa: PLC0415 (seldom needed)
+
+            rehearse(trainer)
+        else:
+            finished = trainer.run()
+            if trainer.group.is_main and not finished:
+                print(f"stopped at {trainer.nimg / 1000:.3f} kimg; the same command goes on from here")
+    finally:
+        if trainer.lock is not None:
+            trainer.lock.release()
     return trainer.folder.root
 
 
 class Trainer:
-    """One run in one process: builds all parts, restores them, loops, and leaves a summary."""
+    """One run in one process: builds all parts, restores them, loops, and leaves a summary.
 
-    def __init__(self, config: RunConfig, out: str | Path, resume_from: str) -> None:
+    writes: whether this run owns its folder; without it nothing there is touched (a dry run).
+    """
+
+    def __init__(self, config: RunConfig, out: str | Path, resume_from: str, *, writes: bool = True) -> None:
         self.config, self.folder = config, RunFolder(out)
         self.launch = launching.start(config.distributed)
         self.group, self.device = self.launch.group, self.launch.device
+        self.lock: RunLock | None = None
+        if writes and self.group.is_main:
+            self.folder.create()
+            self.lock = RunLock(self.folder.root)
         saved = resume.find(self.folder, resume_from, config)
-        self.folder.create()
 
         # Every rank builds the same weights from the seed; the strategy sends rank 0's to all anyway.
         torch.manual_seed(config.train.seed)
@@ -134,7 +151,7 @@ class Trainer:
             with StopSignals(self.group, config.train.minutes) as stop:
                 while self.nimg < total and not stopped:
                     self.clock.begin()
-                    host_batch = next(batches)
+                    host_batch = self._next(batches)
                     self.clock.data_arrived()
                     batch = host_batch.to(self.device, self.model.input_range, memory_format=self.layout)
                     rates = config.optim.apply(self.optimizers, self.nimg)
@@ -147,6 +164,7 @@ class Trainer:
                     self.meters.add(report, size)
                     self.controller.after(report, self.nimg, size)
                     self.clock.end(size)
+                    self.writer.raise_failure()
                     self.progress.advance(size)
 
                     stopped = stop.agreed()
@@ -170,6 +188,17 @@ class Trainer:
             self.tracker.close()
         self._conclude(finished=self.nimg >= total)
         return self.nimg >= total
+
+    def _next(self, batches: Iterator[HostBatch]) -> HostBatch:
+        """The next batch. Where the data fail, what was trained since the last checkpoint is saved first."""
+        try:
+            return next(batches)
+        except UserError:
+            size, every = self.config.train.batch, self.config.checkpoint.every_kimg
+            trained_here = self.clock.steps_ever > 0 and not due(self.nimg, size, every)
+            if trained_here and self.group.ranks == 1:  # other ranks would have to agree, and they wait elsewhere
+                self._save({})
+            raise
 
     def _describe(self) -> None:
         if self.group.is_main:

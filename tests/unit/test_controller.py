@@ -124,6 +124,12 @@ def test_what_cannot_be_controlled_is_told() -> None:
         controller(VaeConfig().build(SHAPE))
     with pytest.raises(UserError, match="objective.beta_neg is 0.0"):
         controller(SoftIntroVaeConfig(beta_neg=0.0).build(SHAPE))
-    for wrong in ({"rate": 1.0}, {"every_kimg": 0}, {"ceiling": 1.0}, {"min": 3.0, "max": 2.0}, {"min": 0.0, "max": -1}):
+    for wrong in (
+        {"rate": 1.0},
+        {"every_kimg": 0},
+        {"ceiling": 1.0},
+        {"min": 3.0, "max": 2.0},
+        {"min": 0.0, "max": -1},
+    ):
         with pytest.raises(UserError, match="controller"):
             ControllerConfig(**wrong)
