@@ -18,6 +18,7 @@ from sivae_dist.interop import published_keys
 from sivae_dist.models import Autoencoder, ModelConfig
 from sivae_dist.models.mlp import MlpConfig
 from sivae_dist.models.residual import ResidualConfig
+from sivae_dist.models.style import StyleConfig
 from sivae_dist.objectives import Objective, Phase, Players, Terms
 
 PLAYERS = ("encoder", "decoder")
@@ -25,7 +26,8 @@ PLAYERS = ("encoder", "decoder")
 
 def config_for(family: published_keys.Family, shapes: dict[str, tuple[int, ...]]) -> ModelConfig:
     settings: dict[str, Any] = published_keys.settings(family, shapes)
-    return MlpConfig(**settings) if family == "twod" else ResidualConfig(**settings)
+    classes: dict[str, type[ModelConfig]] = {"twod": MlpConfig, "style": StyleConfig}
+    return classes.get(family, ResidualConfig)(**settings)
 
 
 @dataclass
@@ -49,7 +51,9 @@ class Net:
 
     def players(self, condition: Tensor | None = None) -> Players:
         return Players(
-            lambda x: self.model.encode(x, condition), lambda z: self.model.decode(z, condition), self.model.prior
+            lambda x: self.model.encode(x, condition),
+            lambda z, name="", *, from_prior=False: self.model.decode(z, condition),
+            self.model.prior,
         )
 
 
@@ -59,7 +63,7 @@ def load(family: published_keys.Family, golden: Golden, dtype: torch.dtype, *, t
     config = config_for(family, {name: tuple(tensor.shape) for name, tensor in published.items()})
     model = config.build().to(dtype)
     model.load_state_dict(published_keys.to_ours(family, published), strict=True)
-    dropped = {name: published[name] for name in published_keys.DROPPED[family] if name in published}
+    dropped = {name: published[name] for name in published if published_keys.is_dropped(family, name)}
     return Net(model.train(train), published_keys.names(family, published), dropped)
 
 
