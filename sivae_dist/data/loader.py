@@ -158,7 +158,7 @@ class _Batches(Iterator[HostBatch]):
             raise StopIteration
         try:
             batch = next(self._iterator)
-        except RuntimeError as error:
+        except (RuntimeError, ConnectionError, EOFError) as error:
             self.close()
             raise self._plain(error) from error
         if isinstance(batch, _Failure):
@@ -170,8 +170,10 @@ class _Batches(Iterator[HostBatch]):
         self._iterator = None  # the DataLoader's iterator ends its workers when it is dropped
         self._pictures.close()
 
-    def _plain(self, error: RuntimeError) -> Exception:
+    def _plain(self, error: Exception) -> Exception:
         text = str(error)
+        if isinstance(error, ConnectionError | EOFError):  # it died while handing a batch over
+            text = f"exited unexpectedly: {text}"
         if "timed out" in text:
             what = f"no batch of {self._config.url} came within data.timeout_s = {self._config.timeout_s} s"
             return UserError(what, "check the disk or network it lies on, or raise data.timeout_s")
@@ -243,6 +245,6 @@ def _check(config: ShardsConfig, rank: int, ranks: int) -> None:
     if ranks > config.lanes:
         what = f"data.lanes is {config.lanes}, fewer than the {ranks} ranks: some would get no data"
         raise UserError(what, f"start the run with data.lanes of {ranks} or a multiple")
-    for name, low in (("workers", 0), ("prefetch", 1), ("timeout_s", 1)):
-        if (value := getattr(config, name)) < low:
-            raise UserError(f"data.{name} is {value}, expected {low} or more", f"correct data.{name}")
+    for name, low, high in (("workers", 0, 512), ("prefetch", 1, 4096), ("timeout_s", 1, 10**7)):
+        if not low <= (value := getattr(config, name)) <= high:
+            raise UserError(f"data.{name} is {value}, expected {low} to {high}", f"correct data.{name}")

@@ -16,7 +16,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from sivae_dist.objectives import terms as t
-from sivae_dist.objectives.base import Draws, ObjectiveConfig, Phase, Players, Terms
+from sivae_dist.objectives.base import Draws, ObjectiveConfig, Phase, Players, Strength, Terms
 from sivae_dist.objectives.vae import Vae, VaeConfig
 
 FAKE_SOURCES = 2  # s = r, p in the paper: reconstructions and samples from the prior
@@ -37,7 +37,7 @@ class IntroVaeConfig(ObjectiveConfig):
     """m: how far, in nats of KL, the encoder pushes fakes away (m_plus)."""
     hinge: Literal["batch_mean", "per_sample"] = "batch_mean"
     """batch_mean as in the public code, max(0, m - mean of the KL over the whole batch); per_sample as in the
-    paper, the mean of max(0, m - KL)."""
+    paper, the mean of max(0, m - KL). With train.accumulation above 1 the batch is a micro-batch (of all ranks)."""
     decoder_weight: Literal["published", "paper"] = "published"
     """Weight of the adversarial term in the decoder phase: published beta_kl / 2, paper beta_kl beta_neg / 2
     (the same as in the encoder phase)."""
@@ -58,6 +58,7 @@ class IntroVae:
 
     def __init__(self, config: IntroVaeConfig, sample_shape: tuple[int, ...]) -> None:
         self.config = config
+        self.strength = Strength("margin", config.margin, harder=lambda margin, kl_fake: 1)
         self.warmup = Vae(VaeConfig(rec_loss=config.rec_loss), sample_shape)
         neg = config.beta_neg if config.decoder_weight == "paper" else 1.0
         self.encoder_alpha = config.beta_kl * config.beta_neg / FAKE_SOURCES
@@ -82,7 +83,7 @@ class IntroVae:
         batch_mean: the gate is open for the whole batch or for none of it. Gating each sample's m - KL keeps the loss a
         sum over samples, so value and gradient do not depend on how the batch is split over ranks.
         """
-        distance = self.config.margin - kl_fake
+        distance = self.strength.value - kl_fake
         if self.config.hinge == "per_sample":
             return distance.clamp(min=0)
         return (draws.batch_mean(distance) > 0) * distance

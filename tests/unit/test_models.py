@@ -28,6 +28,7 @@ from sivae_dist.registry import components
 
 REGISTERED = components("sivae_dist.models", ModelConfig)
 OBJECTIVES = components("sivae_dist.objectives", ObjectiveConfig)
+STATE: dict[str, Any] = {"plan_salt": 0, "sums": {}, "data": ""}  # what a checkpoint must say besides tensors
 SMALL = {"image_size": 12, "channels": (4, 6), "zdim": 5}
 VARIANTS: dict[str, ModelConfig] = {name: cls.tiny() for name, cls in REGISTERED.items()} | {
     "introvae block": ResidualConfig(**SMALL, block="introvae"),
@@ -150,7 +151,7 @@ def test_an_iteration_of_every_objective(config: ModelConfig, objective: str, dt
 def test_resumes_to_the_last_bit(config: ModelConfig, tmp_path: Path) -> None:
     whole = Trained(config, "soft_introvae")
     whole.step()
-    saved = checkpoint.snapshot(whole.nimg, whole.model, whole.ema.model, whole.optimizers, {})
+    saved = checkpoint.snapshot(whole.nimg, whole.model, whole.ema.model, whole.optimizers, STATE)
     checkpoint.write(tmp_path, saved)
     whole.step()
     resumed = Trained(config, "soft_introvae")

@@ -30,6 +30,7 @@ from sivae_dist.models.style.layers import ConvDown, ConvUp, blur, standardised
 from sivae_dist.objectives.soft_introvae import SoftIntroVaeConfig
 
 TINY = StyleConfig.tiny()
+STATE: dict[str, Any] = {"plan_salt": 0, "sums": {}, "data": ""}  # what a checkpoint must say besides tensors
 PUBLISHED = PlayerOptim(lr=0.002, beta1=0.0, beta2=0.99)
 
 
@@ -286,7 +287,7 @@ def test_optimizer_state_goes_through_a_checkpoint(tmp_path: Path) -> None:
         model.decode(q.sample(torch.randn(2, 5))).square().sum().backward()
         for optimizer in optimizers.values():
             optimizer.step()
-    saved = checkpoint.read(checkpoint.write(tmp_path, checkpoint.snapshot(8, model, model, optimizers, {})))
+    saved = checkpoint.read(checkpoint.write(tmp_path, checkpoint.snapshot(8, model, model, optimizers, STATE)))
     other = build(seed=5)
     others = config.build({"encoder": other.encoder, "decoder": other.decoder})
     checkpoint.restore(saved, other, other, others)
