@@ -72,7 +72,7 @@ class Replicated:
         parameters = list(self.players[name].parameters())
         parts: list[Tensor] = []
         if self.group.ranks > 1:
-            unused = self._fill(parameters)
+            self._fill(parameters)
             for bucket in _buckets([p.grad for p in parameters if p.grad is not None]):
                 flat = torch.cat([gradient.reshape(-1) for gradient in bucket])
                 parts.append(torch.linalg.vector_norm(flat))
@@ -83,8 +83,6 @@ class Replicated:
                 for gradient in bucket:
                     gradient.copy_(flat[offset : offset + gradient.numel()].view_as(gradient))
                     offset += gradient.numel()
-            for parameter in unused:
-                parameter.grad = None
         gradients = [p.grad for p in parameters if p.grad is not None]
         if scale != 1.0:
             torch._foreach_mul_(gradients, 1.0 / scale)
@@ -93,20 +91,19 @@ class Replicated:
             torch._foreach_mul_(gradients, torch.clamp(self.clip_norm / (norm + 1e-6), max=1.0))
         return Gradient(norm, torch.linalg.vector_norm(torch.stack(parts)) if parts else norm)
 
-    def _fill(self, parameters: list[nn.Parameter]) -> list[nn.Parameter]:
-        """Gives zeros to those without a gradient, so that all ranks add up the same tensors.
+    def _fill(self, parameters: list[nn.Parameter]) -> None:
+        """Gives zeros to those without a gradient here but with one on another rank: all ranks add up the same tensors.
 
-        Returns those that no rank has used (levels of a growing network): optimizers leave such parameters alone, on
-        several ranks as on one. Which they are is agreed on only where some are missing, as this reads the device.
+        Those that no rank has used (levels of a growing network) stay without: optimizers leave such parameters alone,
+        on several ranks as on one. The answer is read from the device only where some are missing.
         """
-        missing = [p for p in parameters if p.grad is None]
         used = torch.tensor([float(p.grad is not None) for p in parameters], device=parameters[0].device)
         self.group.sum_(used)
-        for parameter in missing:
-            parameter.grad = torch.zeros_like(parameter)
-        if not missing:
-            return []
-        return [p for p, count in zip(parameters, used.tolist(), strict=True) if count == 0]
+        if all(parameter.grad is not None for parameter in parameters):
+            return
+        for parameter, ranks in zip(parameters, used.tolist(), strict=True):
+            if parameter.grad is None and ranks > 0:
+                parameter.grad = torch.zeros_like(parameter)
 
     def step(self, name: str) -> None:
         """One optimizer step of a player."""

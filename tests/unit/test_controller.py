@@ -63,7 +63,11 @@ def test_the_strength_is_what_the_phases_use() -> None:
     nn.init.normal_(model.encoder.layers.output.weight, generator=torch.Generator().manual_seed(1))
 
     def loss(objective: Any) -> float:
-        players = Players(lambda x: Posterior(*model.encoder.layers(x).chunk(2, 1)), model.decoder, model.prior)
+        players = Players(
+            lambda x: Posterior(*model.encoder.layers(x).chunk(2, 1)),
+            lambda z, name="", *, from_prior=False: model.decode(z),
+            model.prior,
+        )
         return float(objective.encoder_loss(players, eps, Draws(lambda name: eps), {}).loss.sum())
 
     for config, field, value in (

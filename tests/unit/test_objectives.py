@@ -442,7 +442,7 @@ def test_warm_up_scale_one_or_same() -> None:
     )
     players = Players(
         lambda x: Posterior(x.flatten(1)[:, :2], torch.zeros(len(x), 2).double()),
-        lambda z: z.sum(1).reshape(-1, 1, 1, 1).expand(-1, *shape),
+        lambda z, name="", *, from_prior=False: z.sum(1).reshape(-1, 1, 1, 1).expand(-1, *shape),
         Prior((2,)),
     )
     losses = {}
