@@ -16,9 +16,10 @@ def main(arguments: list[str] | None = None) -> None:
 
 def commands() -> dict[str, Callable[..., object]]:
     """All commands by name; a typed function each, whose signature is its command line."""
-    from sivae_dist.cli import data, evaluate, scenes  # noqa: PLC0415 (imports of one command must not cost another)
+    # noqa here and below: the imports of one command must not cost another
+    from sivae_dist.cli import data, evaluate, import_published, scenes  # noqa: PLC0415
 
-    return {**data.COMMANDS, **scenes.COMMANDS, **evaluate.COMMANDS}
+    return {**data.COMMANDS, **scenes.COMMANDS, **evaluate.COMMANDS, **import_published.COMMANDS}
 
 
 def _run(arguments: list[str]) -> None:

@@ -44,6 +44,13 @@ def _stages(keys: Collection[str], player: str) -> list[int]:
     return sorted(found, reverse=player == "encoder")
 
 
+def belongs(family: Family, key: str) -> bool:
+    """Whether a published key is one of the family's (dropped ones included)."""
+    prefixes = _TWOD_PREFIXES if family == "twod" else _RESIDUAL_PREFIXES
+    block = family != "twod" and _STAGE.fullmatch(key) is not None
+    return key in DROPPED[family] or block or key.startswith(tuple(prefixes))
+
+
 def names(family: Family, published: Collection[str]) -> dict[str, str]:
     """Published name -> our name, for every published key except the dropped ones.
 

@@ -1,0 +1,1 @@
+"""What people do with models besides training and evaluating them."""
