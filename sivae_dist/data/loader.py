@@ -158,7 +158,7 @@ class _Batches(Iterator[HostBatch]):
             raise StopIteration
         try:
             batch = next(self._iterator)
-        except RuntimeError as error:
+        except (RuntimeError, ConnectionError, EOFError) as error:
             self.close()
             raise self._plain(error) from error
         if isinstance(batch, _Failure):
@@ -170,8 +170,10 @@ class _Batches(Iterator[HostBatch]):
         self._iterator = None  # the DataLoader's iterator ends its workers when it is dropped
         self._pictures.close()
 
-    def _plain(self, error: RuntimeError) -> Exception:
+    def _plain(self, error: Exception) -> Exception:
         text = str(error)
+        if isinstance(error, ConnectionError | EOFError):  # it died while handing a batch over
+            text = f"exited unexpectedly: {text}"
         if "timed out" in text:
             what = f"no batch of {self._config.url} came within data.timeout_s = {self._config.timeout_s} s"
             return UserError(what, "check the disk or network it lies on, or raise data.timeout_s")

@@ -14,7 +14,7 @@ from sivae_dist.errors import UserError
 from sivae_dist.models import Autoencoder
 
 # A resumed run must agree with its checkpoint in these: they fix what the weights mean and which sample comes when.
-FIXED = ("model", "train.seed", "data.lanes", "data.window")
+FIXED = ("model", "train.seed", "data.split", "data.lanes", "data.window", "data.mirror")
 
 
 def find(run: RunFolder, resume_from: str, config: RunConfig) -> Snapshot | None:

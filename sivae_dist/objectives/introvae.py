@@ -37,7 +37,7 @@ class IntroVaeConfig(ObjectiveConfig):
     """m: how far, in nats of KL, the encoder pushes fakes away (m_plus)."""
     hinge: Literal["batch_mean", "per_sample"] = "batch_mean"
     """batch_mean as in the public code, max(0, m - mean of the KL over the whole batch); per_sample as in the
-    paper, the mean of max(0, m - KL)."""
+    paper, the mean of max(0, m - KL). With train.accumulation above 1 the batch is a micro-batch (of all ranks)."""
     decoder_weight: Literal["published", "paper"] = "published"
     """Weight of the adversarial term in the decoder phase: published beta_kl / 2, paper beta_kl beta_neg / 2
     (the same as in the encoder phase)."""

@@ -109,7 +109,7 @@ def test_encode_and_decode(image_format, channels):
     image.info["icc_profile"] = b"x" * 500
     prepared = prepare(image, 32, channels)
     data = encode(prepared, image_format)
-    assert b"x" * 500 not in data, "profiles are not carried over"
+    assert "icc_profile" not in Image.open(io.BytesIO(data)).info
     pixels = decode(data, resolution=32, channels=channels, image_format=image_format)
     assert pixels.shape == (channels, 32, 32)
     assert pixels.dtype == np.uint8

@@ -7,12 +7,12 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from drawn import draw_folder
+from processes import children, gone
 
 from sivae_dist.counters import coin, key
 from sivae_dist.data.base import DataConfig
@@ -143,8 +143,12 @@ def test_held_out_is_shared_by_the_ranks(packed, workers):
     assert not trained & pictures
 
 
-def test_without_a_validation_split_nothing_is_held_out(one_shard):
-    assert stream(one_shard).held_out(10) == []
+def test_without_a_validation_split_training_pictures_stand_in(packed, one_shard):
+    source = stream(one_shard)
+    assert source.held_out_split == "train"
+    batches = source.held_out(10, batch=4)
+    assert [b.position.tolist() for b in batches] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+    assert stream(packed).held_out_split == "val"
 
 
 @pytest.mark.parametrize(
@@ -164,26 +168,6 @@ def test_bad_settings_are_refused(packed, config, text):
 
 def test_it_is_found_by_name():
     assert component("sivae_dist.data", DataConfig, "shards", kind="data") is ShardsConfig
-
-
-def children() -> set[int]:
-    return {int(c) for c in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()}
-
-
-def gone(pids, seconds=10.0) -> bool:
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if not any(Path(f"/proc/{p}").exists() and "Z" not in state(p) for p in pids):
-            return True
-        time.sleep(0.05)
-    return False
-
-
-def state(pid: int) -> str:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
-    except OSError:
-        return "Z"
 
 
 @pytest.mark.dist
