@@ -16,7 +16,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def commands() -> dict[str, Callable[..., object]]:
     """All commands by name; a typed function each, whose signature is its command line."""
-    # noqa here and below: the imports of one command must not cost another
+    # Here and below: the imports of one command must not cost another.
     from sivae_dist.cli import data, evaluate, import_published, scenes  # noqa: PLC0415
 
     return {**data.COMMANDS, **scenes.COMMANDS, **evaluate.COMMANDS, **import_published.COMMANDS}

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, cast
-
-if TYPE_CHECKING:
-    from sivae_dist.interop.published import Format
+from typing import Literal
 
 # "auto", then interop.published.Format (spelled out: --help must not import torch)
 Choice = Literal[
@@ -43,8 +40,9 @@ def import_checkpoint(
     """
     from sivae_dist.apps.import_published import describe, import_published  # noqa: PLC0415 (keeps --help quick)
 
-    wanted = cast("Format | None", None if format == "auto" else format)
-    done = import_published(path, out, format=wanted, recipe=config, data_url=data, kimg=kimg)
+    done = import_published(
+        path, out, format=None if format == "auto" else format, recipe=config, data_url=data, kimg=kimg
+    )
     print("\n".join(describe(done)))
 
 

@@ -164,8 +164,7 @@ class _Machine:
             state, target = self.pop(), self.top()
             if isinstance(target, Inert):
                 target.state = state
-            elif not isinstance(target, dict):  # an OrderedDict's own attributes (a state dict's metadata): not needed
-                raise DamagedError(f"attributes for a {type(target).__name__}")
+            # Attributes of anything else (metadata of a state dict, flags of a parameter) are not needed.
         elif code == "TUPLE":
             self.stack.append(tuple(self.items()))
         elif code in ("APPEND", "APPENDS"):

@@ -28,6 +28,7 @@ from sivae_dist.interop.inert_pickle import DamagedError, Names, put_all, shown
 MOST_STORAGES = 100_000
 MOST_DIMENSIONS = 8
 LEGACY_MAGIC, LEGACY_VERSION = 0x1950A86A20F9469CFC6C, 1001
+PICKLE_START = b"\x80"  # the instruction PROTO, with which every pickle since protocol 2 begins
 
 DTYPES = {
     "FloatStorage": torch.float32,
@@ -167,6 +168,10 @@ class TorchFile:
         if zipfile.is_zipfile(self._file):
             return self._read_zip()
         self._file.seek(0)
+        start = self._file.read(1)
+        self._file.seek(0)
+        if start != PICKLE_START:
+            raise DamagedError("neither a whole zip archive nor a pickle")
         return self._read_legacy()
 
     def _read_zip(self) -> Any:
@@ -233,9 +238,6 @@ class TorchFile:
         if storage.numel == 0:
             return torch.empty(stored.shape, dtype=storage.dtype)
         size = storage.numel * storage.dtype.itemsize
-        self._left -= size
-        if self._left < 0:
-            raise DamagedError("its tensors share storages so often that they are larger than the file")
         data = (
             self._read_member(f"{self._prefix}data/{storage.key}", size)
             if self._archive
@@ -245,8 +247,14 @@ class TorchFile:
         offset = stored.storage.start + stored.offset
         return whole.as_strided(stored.shape, stored.stride, offset).clone(memory_format=torch.contiguous_format)
 
+    def _buffer(self, size: int) -> bytearray:
+        self._left -= size
+        if self._left < 0:
+            raise DamagedError("its tensors share storages so often that they are larger than the file")
+        return bytearray(size)
+
     def _read_place(self, place: int, size: int) -> bytearray:
-        data = bytearray(size)  # the legacy reader has compared the size with the file's
+        data = self._buffer(size)
         self._file.seek(place)
         if self._file.readinto(data) != size:  # type: ignore[attr-defined]
             raise DamagedError("it ends in the middle of a tensor")
@@ -257,7 +265,7 @@ class TorchFile:
         member = self._archive.getinfo(name)
         if member.compress_type != zipfile.ZIP_STORED or member.file_size != size:
             raise DamagedError(f"{shown(name)} has {member.file_size} bytes, expected {size}, uncompressed")
-        data = bytearray(size)
+        data = self._buffer(size)
         view, done = memoryview(data), 0
         with self._archive.open(member) as file:
             while done < size and (count := file.readinto(view[done : done + (16 << 20)])):  # type: ignore[attr-defined]
