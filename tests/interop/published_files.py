@@ -10,7 +10,7 @@ import sys
 import types
 from collections import OrderedDict
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -99,7 +99,7 @@ def introvae_module(state: dict[str, Tensor]) -> nn.Module:
 class _OldPickler(pickle._Pickler):  # type: ignore[name-defined]
     """What Python 2.7 with torch 0.3 wrote: byte strings, parameters called with their data, module sources."""
 
-    dispatch = dict(pickle._Pickler.dispatch)  # type: ignore[attr-defined]
+    dispatch: ClassVar[dict[type, Any]] = dict(pickle._Pickler.dispatch)  # type: ignore[attr-defined]
 
     def __init__(self, file: Any) -> None:
         super().__init__(file, PROTOCOL)

@@ -118,7 +118,7 @@ ODD_PICKLES = {
     "a mark is missing": b"\x80\x02K\x01t.",
     "KeyError": b"\x80\x02h\x05.",
     "pickle exhausted": b"\x80\x02K\x01",
-    "a storage of no known class": b"\x80\x02(X\x07\x00\x00\x00storageK\x01X\x01\x00\x00\x000X\x03\x00\x00\x00cpuK\x02tQ.",
+    "a storage of no known class": b"\x80\x04(\x8c\x07storageK\x01\x8c\x010\x8c\x03cpuK\x02tQ.",
 }
 
 

@@ -89,11 +89,11 @@ def test_twod(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert sivae_dist.load(tmp_path / "run").config.objective.scale == 0.5  # type: ignore[attr-defined]
 
 
-PICKLED = "torch.save({'epoch': 7, 'model': introvae_module(state_dict('introvae_1'))}, sys.argv[1]"
+CONTENT = "{'epoch': 7, 'model': introvae_module(state_dict('introvae_1'))}"
 INTROVAE = {
-    "zip": f"{PICKLED})",
-    "legacy": f"{PICKLED}, _use_new_zipfile_serialization=False)",
-    "torch 0.3": "save_as_torch_03({'epoch': 7, 'model': introvae_module(state_dict('introvae_1'))}, Path(sys.argv[1]))",
+    "zip": f"torch.save({CONTENT}, sys.argv[1])",
+    "legacy": f"torch.save({CONTENT}, sys.argv[1], _use_new_zipfile_serialization=False)",
+    "torch 0.3": f"save_as_torch_03({CONTENT}, Path(sys.argv[1]))",
 }
 
 
