@@ -61,9 +61,7 @@ class Replicated:
         """
         parameters = list(self.players[name].parameters())
         if self.group.ranks > 1:
-            for parameter in parameters:
-                if parameter.grad is None:  # unused here; another rank may have used it
-                    parameter.grad = torch.zeros_like(parameter)
+            unused = self._fill(parameters)
             for bucket in _buckets([p.grad for p in parameters if p.grad is not None]):
                 flat = torch.cat([gradient.reshape(-1) for gradient in bucket])
                 self.group.sum_(flat)
@@ -73,11 +71,28 @@ class Replicated:
                 for gradient in bucket:
                     gradient.copy_(flat[offset : offset + gradient.numel()].view_as(gradient))
                     offset += gradient.numel()
+            for parameter in unused:
+                parameter.grad = None
         gradients = [p.grad for p in parameters if p.grad is not None]
         norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
         if self.clip_norm is not None:
             torch._foreach_mul_(gradients, torch.clamp(self.clip_norm / (norm + 1e-6), max=1.0))
         return norm
+
+    def _fill(self, parameters: list[nn.Parameter]) -> list[nn.Parameter]:
+        """Gives zeros to those without a gradient, so that all ranks add up the same tensors.
+
+        Returns those that no rank has used (levels of a growing network): optimizers leave such parameters alone, on
+        several ranks as on one. Which they are is agreed on only where some are missing, as this reads the device.
+        """
+        missing = [p for p in parameters if p.grad is None]
+        used = torch.tensor([float(p.grad is not None) for p in parameters], device=parameters[0].device)
+        self.group.sum_(used)
+        for parameter in missing:
+            parameter.grad = torch.zeros_like(parameter)
+        if not missing:
+            return []
+        return [p for p, count in zip(parameters, used.tolist(), strict=True) if count == 0]
 
     def step(self, name: str) -> None:
         """One optimizer step of a player."""

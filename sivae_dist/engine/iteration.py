@@ -20,8 +20,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from sivae_dist import counters
 from sivae_dist.data import Batch
 from sivae_dist.distributed.replicated import Replicated
-from sivae_dist.engine.precision import Precision
-from sivae_dist.models import Autoencoder
+from sivae_dist.engine.draws import PositionDraws
+from sivae_dist.engine.precision import Drawing, Precision
+from sivae_dist.models import Autoencoder, DecoderDraws
 from sivae_dist.objectives import Draws, Objective, Phase, Terms
 
 Noise = Callable[[str], Tensor]
@@ -70,11 +71,13 @@ class Iteration:
         nimg: int,
         global_batch: int,
         noise: Noise | None = None,
+        drawing: Drawing | None = None,
         observe: Observer | None = None,
     ) -> IterationReport:
         """One iteration on this rank's `batch` of a global batch that begins at image number `nimg`.
 
         noise:   replaces the position-keyed draws (tests feed recorded ones).
+        drawing: replaces those that a stochastic decoder makes.
         observe: called after the backward passes of a phase and before its optimizer steps.
         """
         self.model.train()
@@ -85,7 +88,7 @@ class Iteration:
             self.strategy.train_only(phase.trains)
             with _statistics_only_of(self.model, phase.statistics):
                 for micro, carry in zip(micro_batches, carries, strict=True):
-                    terms = self._terms(phase, micro, carry, noise)
+                    terms = self._terms(phase, micro, carry, noise, drawing or self._drawing(micro, nimg))
                     self.strategy.backward(terms.loss.sum() / global_batch)
                     carry.update(terms.carry)
                     _add(report.sums, phase.name, terms)
@@ -100,9 +103,11 @@ class Iteration:
                 report.skipped.extend(phase.trains)
         return report
 
-    def _terms(self, phase: Phase, micro: Batch, carry: dict[str, Tensor], noise: Noise | None) -> Terms:
+    def _terms(
+        self, phase: Phase, micro: Batch, carry: dict[str, Tensor], noise: Noise | None, drawing: Drawing
+    ) -> Terms:
         condition = one_hot(micro.label, self.model.condition_dim, micro.x)
-        players = self.precision.players(self.model, condition)
+        players = self.precision.players(self.model, condition, drawing=drawing)
         draws = Draws(noise or self._noise(micro), self.strategy.group.mean)
         return phase.loss(players, micro.x, draws, carry)
 
@@ -114,6 +119,15 @@ class Iteration:
             return counters.normal(key, micro.position, self.model.prior.shape, micro.x.dtype)
 
         return draw
+
+    def _drawing(self, micro: Batch, nimg: int) -> Drawing:
+        """The same for what the decoder draws by itself: noise maps, styles to mix."""
+
+        def draws(name: str, from_prior: bool) -> DecoderDraws:
+            key = counters.key(self.seed, "decoder", name)
+            return PositionDraws(key, micro.position, nimg, micro.x.dtype, from_prior, self.strategy.group.mean)
+
+        return draws
 
 
 def one_hot(label: Tensor | None, classes: int, like: Tensor) -> Tensor | None:

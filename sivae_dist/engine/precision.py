@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Literal
@@ -11,8 +12,10 @@ import torch
 from torch import Tensor
 
 from sivae_dist.errors import UserError
-from sivae_dist.models import Autoencoder, Posterior
+from sivae_dist.models import Autoencoder, DecoderDraws, Posterior
 from sivae_dist.objectives import Players
+
+Drawing = Callable[[str, bool], DecoderDraws]  # (name of the draw that made z, z is from the prior)
 
 
 @dataclass(frozen=True)
@@ -53,17 +56,23 @@ class Precision:
             return nullcontext()
         return torch.autocast(self.device_type, dtype=torch.bfloat16)
 
-    def players(self, model: Autoencoder, condition: Tensor | None = None) -> Players:
-        """The model's networks as objectives see them: autocast inside, float32 (or float64) outside."""
+    def players(
+        self, model: Autoencoder, condition: Tensor | None = None, *, drawing: Drawing | None = None
+    ) -> Players:
+        """The model's networks as objectives see them: autocast inside, float32 (or float64) outside.
+
+        drawing: where a stochastic decoder's randomness comes from; None decodes without any.
+        """
 
         def encoder(x: Tensor) -> Posterior:
             with self.autocast():
                 posterior = model.encoder(x, condition)
             return Posterior(_wide(posterior.mu), _wide(posterior.logvar))
 
-        def decoder(z: Tensor) -> Tensor:
+        def decoder(z: Tensor, name: str = "", *, from_prior: bool = False) -> Tensor:
+            draws = (drawing(name, from_prior) if drawing else None,) if model.stochastic else ()
             with self.autocast():
-                x_hat = model.decoder(z, condition)
+                x_hat = model.decoder(z, condition, *draws)
             return _wide(x_hat)
 
         return Players(encoder, decoder, model.prior)
