@@ -17,10 +17,25 @@ from sivae_dist.interop import published
 from sivae_dist.interop.published import Format, Published
 from sivae_dist.models import ModelConfig
 
-# What the objective of a format is where no recipe says more: the defaults of the public code.
-OBJECTIVES: dict[Format, dict[str, Any]] = {
-    "introvae": {"name": "introvae"},
-    "soft-introvae-2d": {"name": "soft_introvae", "scale": 0.5},
+# A format's settings where no recipe tells more: the defaults of the public code.
+DEFAULTS: dict[Format, dict[str, Any]] = {
+    "introvae": {"objective": {"name": "introvae"}},
+    "soft-introvae-2d": {"objective": {"scale": 0.5}},
+    "soft-introvae-style": {
+        "objective": {
+            "beta_kl": 0.2,
+            "beta_rec": 0.1,  # FFHQ; CelebA-HQ 0.05 (see the recipes)
+            "beta_neg": 512,
+            "scale": 5e-6,
+            "decoder_z": "reencode",
+            "draws": "fresh",
+        },
+        "optim": {
+            "name": "lreq_adam",
+            "encoder": {"lr": 0.0015, "beta1": 0.0, "beta2": 0.99},
+            "decoder": {"lr": 0.0015, "beta1": 0.0, "beta2": 0.99},
+        },
+    },
 }
 
 
@@ -94,7 +109,7 @@ def import_published(
 
 def _config(found: Published, recipe: Path | None, data_url: str) -> RunConfig:
     """The recipe's sections, or the format's defaults, around the file's model."""
-    values = read_yaml(recipe) if recipe is not None else {"objective": OBJECTIVES.get(found.format, {})}
+    values = read_yaml(recipe) if recipe is not None else copy.deepcopy(DEFAULTS.get(found.format, {}))
     told = values.pop("model", None)
     if data_url:
         values = merge(values, {"data": {"url": data_url}})

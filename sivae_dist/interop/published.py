@@ -5,7 +5,7 @@
     soft-introvae-bootstrap  the same with target_decoder.* besides
     soft-introvae-2d         the same, fully connected networks
     soft-introvae-3d         the bare state dict of the point-cloud networks
-    soft-introvae-style      {"models": {...}, "auxiliary": {...}}, networks of ALAE, with averaged weights *_s
+    soft-introvae-style      {"models": {...}, "auxiliary": {...}}, networks of ALAE, averaged weights *_s
     introvae                 {"epoch", "model": the pickled module itself}, github.com/hhb072/IntroVAE
 
 Everything is told from names and shapes; nothing in the file runs (see torch_file).
@@ -28,6 +28,7 @@ from sivae_dist.interop.torch_file import StoredTensor, TorchFile
 from sivae_dist.models import ModelConfig
 from sivae_dist.models.mlp import MlpConfig
 from sivae_dist.models.residual import ResidualConfig
+from sivae_dist.models.style import StyleConfig
 
 Format = Literal[
     "soft-introvae-residual",
@@ -42,10 +43,21 @@ FAMILIES: dict[Format, published_keys.Family] = {
     "soft-introvae-residual": "residual",
     "soft-introvae-bootstrap": "residual",
     "soft-introvae-2d": "twod",
+    "soft-introvae-style": "style",
     "introvae": "introvae",
 }
+CONFIGS: dict[published_keys.Family, type[ModelConfig]] = {"twod": MlpConfig, "style": StyleConfig}
 # Networks that the project does not have yet.
-ABSENT: dict[Format, str] = {"soft-introvae-3d": "point-cloud", "soft-introvae-style": "style"}
+ABSENT: dict[Format, str] = {"soft-introvae-3d": "point-cloud"}
+# Style: sub-networks in the file -> the names they have in the whole network. With "_s" behind: averaged weights.
+STYLE_PARTS = {
+    "discriminator": "encoder.",
+    "generator": "decoder.",
+    "mapping_tl": "mapping_tl.",
+    "mapping_fl": "mapping_fl.",
+}
+STYLE_AVERAGE = "dlatent_avg"  # the average style; there is one, which the published scripts use with both
+AVERAGED = "_s"
 
 _TORCH_MODULES = (
     "container.Sequential",
@@ -109,11 +121,54 @@ def read(path: Path, wanted: Format | None = None) -> Published:
                 f"{path} is a {kind} checkpoint; the {ABSENT[kind]} network is not part of sivae-dist yet",
                 f"importable are: {', '.join(f for f in FORMATS if f not in ABSENT)}",
             )
+        if kind == "soft-introvae-style":
+            return _read_style(file, path)
         state, epoch = _state(file.tree, path)
         found = _fit(kind, state, path)
         found.epoch = epoch
-        found.weights = _load(file, {key: state[key] for key in found.used}, found)
+        found.weights = _load(file, state, found)
         return found
+
+
+def _read_style(file: TorchFile, path: Path) -> Published:
+    """Four sub-networks and the average style, and the averaged four where they are there."""
+    kind: Format = "soft-introvae-style"
+    models = file.tree["models"]
+    known = {*STYLE_PARTS, STYLE_AVERAGE, *(part + AVERAGED for part in STYLE_PARTS)}
+    state = _style_state(models, "", path)
+    found = _fit(kind, state, path)
+    found.weights = _load(file, state, found)
+    if any(part + AVERAGED in models for part in STYLE_PARTS):
+        averaged = _style_state(models, AVERAGED, path)
+        if _fit(kind, averaged, path).model != found.model:
+            raise UserError(f"{path}: the averaged network has other sizes than the trained one", "get the file again")
+        found.average = _load(file, averaged, found)
+    found.unused += [f"models.{key}" for key in models if key not in known]
+    auxiliary = file.tree.get("auxiliary")
+    if isinstance(auxiliary, dict):
+        found.unused += [f"auxiliary.{key}" for key in auxiliary]
+        found.epoch = _epoch(auxiliary)
+    return found
+
+
+def _style_state(models: dict[Any, Any], suffix: str, path: Path) -> Stored:
+    """Published names of the whole network -> tensors."""
+    parts = {prefix: models.get(part + suffix) for part, prefix in STYLE_PARTS.items()}
+    parts[f"{STYLE_AVERAGE}."] = models.get(STYLE_AVERAGE)
+    state: Stored = {}
+    for prefix, part in parts.items():
+        if not isinstance(part, dict) or not all(isinstance(v, StoredTensor) for v in part.values()):
+            raise _unknown(path, f"models {_some(models)} without all parts of a style network")
+        state |= {f"{prefix}{key}": value for key, value in part.items()}
+    return state
+
+
+def _epoch(auxiliary: dict[Any, Any]) -> int | None:
+    """The scheduler's count of epochs."""
+    node: Any = auxiliary
+    for key in ("scheduler", "encoder_optimizer", "last_epoch"):
+        node = node.get(key) if isinstance(node, dict) else None
+    return _small(node)
 
 
 def detect(tree: Any, path: Path) -> tuple[Format, ...]:
@@ -159,7 +214,11 @@ def _state(tree: Any, path: Path) -> tuple[Stored, int | None]:
     if not all(isinstance(key, str) for key in saved):
         raise _unknown(path, f"entries {_some(saved)}")
     epoch = tree.get("epoch") if isinstance(tree, dict) else None
-    return saved, epoch if isinstance(epoch, int) and 0 <= epoch < 10**9 else None
+    return saved, _small(epoch)
+
+
+def _small(number: Any) -> int | None:
+    return number if isinstance(number, int) and 0 <= number < 10**9 else None
 
 
 def _module_state(module: Inert) -> Iterator[tuple[str, Any]]:
@@ -226,16 +285,16 @@ def _left_aside(kind: Format, key: str) -> bool:
     """Entries that are known and have no counterpart here."""
     if kind == "soft-introvae-bootstrap" and key.startswith("target_decoder."):
         return True
-    return key in published_keys.DROPPED[FAMILIES[kind]]
+    return published_keys.is_dropped(FAMILIES[kind], key)
 
 
 def _config(family: published_keys.Family, settings: dict[str, Any]) -> ModelConfig:
-    return MlpConfig(**settings) if family == "twod" else ResidualConfig(**settings)
+    return CONFIGS.get(family, ResidualConfig)(**settings)
 
 
 def _load(file: TorchFile, state: Stored, found: Published) -> dict[str, Tensor]:
     """The tensors under our names; counters that the file lacks are 0."""
-    weights = {found.used[key]: file.tensor(stored) for key, stored in state.items()}
+    weights = {found.used[key]: file.tensor(stored) for key, stored in state.items() if key in found.used}
     found.nonfinite += sum(int((~torch.isfinite(t)).sum()) for t in weights.values() if t.is_floating_point())
     return weights | {name: torch.zeros((), dtype=torch.int64) for name in found.missing}
 

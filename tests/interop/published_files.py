@@ -175,6 +175,35 @@ def foreign_function(module: str, name: str) -> Any:
     return function
 
 
+# ---- a style checkpoint with the objects it pickles ------------------------------------------------------------------
+
+PARTS = {"discriminator": "encoder.", "generator": "decoder.", "mapping_tl": "mapping_tl.", "mapping_fl": "mapping_fl."}
+
+
+def style_content(averaged: dict[str, Tensor]) -> dict[str, Any]:
+    """The published layout. averaged: the networks *_s; the trained ones differ from them."""
+    (mean,) = foreign("tracker", "RunningMeanTorch")
+
+    def part(prefix: str, shift: float) -> OrderedDict[str, Tensor]:
+        return OrderedDict((k.removeprefix(prefix), v + shift) for k, v in averaged.items() if k.startswith(prefix))
+
+    track = mean()
+    track.values = [torch.tensor([1.0]), torch.tensor([2.0])]
+    optimizer = {"state": {0: {"step": 3, "exp_avg_sq": torch.ones(2)}}, "param_groups": [{"lr": 0.1, "params": [0]}]}
+    models = {name: part(prefix, 1.0) for name, prefix in PARTS.items()}
+    models["dlatent_avg"] = part("dlatent_avg.", 0.0)
+    models |= {f"{name}_s": part(prefix, 0.0) for name, prefix in PARTS.items()}
+    return {
+        "models": models,
+        "auxiliary": {
+            "encoder_optimizer": optimizer,
+            "decoder_optimizer": optimizer,
+            "scheduler": {"encoder_optimizer": {"last_epoch": 270}, "decoder_optimizer": {"last_epoch": 270}},
+            "tracker": {"tracks": OrderedDict(loss_e=track), "epochs": [0.5], "means_over_epochs": OrderedDict()},
+        },
+    }
+
+
 # ---- hostile files ---------------------------------------------------------------------------------------------------
 
 

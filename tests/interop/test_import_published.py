@@ -154,6 +154,57 @@ def _as_published(ours: dict[str, Tensor], *, image_size: int, widths: int) -> d
     return result
 
 
+# ---- style -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
+def test_style(legacy: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The averaged networks become our average, the trained ones our weights; both share the average style."""
+    flag = f"_use_new_zipfile_serialization={not legacy}"
+    code = f"torch.save(style_content(state_dict('style_1')), sys.argv[1], {flag})"
+    path = in_another_process(code, tmp_path / "ffhq_fid_17.55_epoch_270.pth")
+    said = run_import(path, "--out", tmp_path / "run", capsys=capsys)
+    assert said.startswith("soft-introvae-style: ") and "averaged weights" in said and "270" in said
+    assert "tracker" not in sys.modules
+    facts = json.loads((tmp_path / "run/imported.json").read_text())
+    assert facts["average"] and facts["missing"] == []
+    assert all(key.endswith("blur.weight") or key.startswith("auxiliary.") for key in facts["unused"])
+
+    arrays, trained = fixture("style_1"), sivae_dist.load(tmp_path / "run")
+    assert trained.config.objective.decoder_z == "reencode"  # type: ignore[attr-defined]
+    q = trained.encode(torch.from_numpy(arrays["in/x_final"]).float())
+    assert close(q.mu, arrays["out/final/mu"]) and close(q.logvar, arrays["out/final/logvar"])
+    decoder: Any = trained.model.decoder
+    with torch.no_grad():
+        assert close(decoder.map(torch.from_numpy(arrays["in/z"]).float()), arrays["out/mapping_fl"])
+        trained.model.set_level(int(arrays["cfg/mid_lod"]))
+        decoder.noise = "published_bump"
+        image = decoder.synthesise(torch.from_numpy(arrays["in/w"]).float())
+    assert close(image, arrays["out/mid_noblend/dec_deterministic"])
+
+    other = sivae_dist.load(tmp_path / "run", average=False).model.state_dict()
+    for name, value in trained.model.state_dict().items():
+        assert torch.allclose(other[name], value + (0.0 if name == "decoder.dlatent_avg" else 1.0))
+
+
+def test_style_without_averages_or_with_half_of_them(tmp_path: Path) -> None:
+    from published_files import style_content
+
+    sys.modules.pop("tracker", None)
+    content = style_content(state_dict("style_1"))
+    sys.modules.pop("tracker", None)
+    del content["auxiliary"]
+    models = content["models"]
+    half = {**content, "models": {k: v for k, v in models.items() if k != "generator_s"}}
+    none = {**content, "models": {k: v for k, v in models.items() if not k.endswith("_s")}}
+    assert read(save(none, tmp_path / "none.pth")).average is None
+    with pytest.raises(UserError, match="without all parts of a style network"):
+        read(save(half, tmp_path / "half.pth"))
+    models["mapping_fl_s"]["map_blocks.99999.fc.weight"] = torch.zeros(3)
+    with pytest.raises(UserError, match=r"no soft-introvae-style network has: 'mapping_fl.map_blocks.99999"):
+        read(save(content, tmp_path / "odd.pth"))
+
+
 # ---- the run folder ------------------------------------------------------------------------------------------------
 
 
