@@ -65,7 +65,10 @@ class SoftIntroVaeConfig(ObjectiveConfig):
     """published, or paper: nothing is stopped and gamma_r has no part (the full ELBO of the fakes counts). With
     fake_sources prior these are the paper's equations to the letter."""
     vae_warmup_kimg: float = 0.0
-    """Thousand images of plain VAE first, without the factor `scale` as published."""
+    """Thousand images of plain VAE first."""
+    vae_warmup_scale: Literal["one", "same"] = "one"
+    """Factor of the warm-up's loss: one as published, or the same `scale` as afterwards. With one, Adam's second
+    moments are too large, by the square of the number of pixels, when the warm-up ends, and its steps tiny for long."""
 
     def build(self, sample_shape: tuple[int, ...], **_: Any) -> SoftIntroVae:
         """Raises ValueError for values out of range."""
@@ -100,6 +103,7 @@ class SoftIntroVae:
                 beta_kl=config.beta_kl,
                 rec_loss=config.rec_loss,
                 rec_real_reduction=config.rec_real_reduction,
+                scale=self.scale if config.vae_warmup_scale == "same" else 1.0,
             ),
             sample_shape,
         )

@@ -432,3 +432,23 @@ def test_paper_and_published_form_differ() -> None:
 def test_values_out_of_range(config: ObjectiveConfig, field: str) -> None:
     with pytest.raises(ValueError, match=rf"objective\.{field} is .*expected a number"):
         config.build((2,))
+
+
+def test_warm_up_scale_one_or_same() -> None:
+    shape, x, draws = (
+        (1, 4, 4),
+        torch.rand(3, 1, 4, 4, dtype=torch.float64),
+        Draws(lambda name: torch.zeros(3, 2).double()),
+    )
+    players = Players(
+        lambda x: Posterior(x.flatten(1)[:, :2], torch.zeros(len(x), 2).double()),
+        lambda z: z.sum(1).reshape(-1, 1, 1, 1).expand(-1, *shape),
+        Prior((2,)),
+    )
+    losses = {}
+    for choice in ("one", "same"):
+        objective = SoftIntroVaeConfig(vae_warmup_kimg=1, vae_warmup_scale=choice).build(shape)
+        (phase,) = objective.phases(0)
+        losses[choice] = phase.loss(players, x, draws, {}).loss
+        assert len(objective.phases(1000)) == 2
+    assert torch.allclose(losses["same"], losses["one"] / 16, rtol=1e-12)
