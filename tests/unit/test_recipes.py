@@ -18,8 +18,14 @@ PUBLISHED = {
     for name, layout in json.loads((ROOT / "tests/golden/keys.json").read_text())["models"].items()
 }
 # Published numbers of networks whose key tables are not kept in the repository, counted on the public code.
-COUNTED = {"residual_monsters128": 29_437_187, "residual_celeb128": 32_583_171, "residual_celeb256": 42_024_451,
-           "introvae_1024": 49_397_763}  # fmt: skip
+COUNTED = {
+    "residual_monsters128": 29_437_187,
+    "residual_celeb128": 32_583_171,
+    "residual_celeb256": 42_024_451,
+    "introvae_1024": 49_397_763,
+    "style_ffhq256": 53_926_805,
+    "style_celebahq256": 53_926_805,
+}
 # Recipe -> network. None: no network of these sizes was published (the recipe's comment says what is taken instead).
 NETWORKS = {
     "celeba128_introvae": None,
@@ -30,8 +36,10 @@ NETWORKS = {
     "celebahq128_residual": "residual_celeb128",
     "celebahq256_introvae": "introvae_256",
     "celebahq256_residual": "residual_celeb256",
+    "celebahq256_style": "style_celebahq256",
     "cifar10_residual": "residual_cifar10",
     "fashionmnist_residual": "residual_mnist",
+    "ffhq256_style": "style_ffhq256",
     "lsunbedroom128_introvae": None,
     "lsunbedroom256_introvae": "introvae_256",
     "mnist_residual": "residual_mnist",
