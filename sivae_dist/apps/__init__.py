@@ -1,1 +1,1 @@
-"""What people do with models besides training and evaluating them."""
+"""What is built from the other rooms for people: looking at a machine, at data, and at what a model has learnt."""

@@ -245,6 +245,6 @@ def _check(config: ShardsConfig, rank: int, ranks: int) -> None:
     if ranks > config.lanes:
         what = f"data.lanes is {config.lanes}, fewer than the {ranks} ranks: some would get no data"
         raise UserError(what, f"start the run with data.lanes of {ranks} or a multiple")
-    for name, low in (("workers", 0), ("prefetch", 1), ("timeout_s", 1)):
-        if (value := getattr(config, name)) < low:
-            raise UserError(f"data.{name} is {value}, expected {low} or more", f"correct data.{name}")
+    for name, low, high in (("workers", 0, 512), ("prefetch", 1, 4096), ("timeout_s", 1, 10**7)):
+        if not low <= (value := getattr(config, name)) <= high:
+            raise UserError(f"data.{name} is {value}, expected {low} to {high}", f"correct data.{name}")

@@ -3,7 +3,8 @@
     checkpoints/nimg-000012345/   weights.safetensors    both players, current weights and buffers
                                   ema.safetensors        the same names, averaged
                                   optimizer.safetensors  PLAYER/PARAMETER/STATE
-                                  state.json             format, nimg, plan salt, config, sums since the last report
+                                  state.json             format, nimg, plan salt, config, sums since the last report,
+                                          counts of the guard, loss scales, the controller's strength
                                   files.json             size and sha256 of the others
     checkpoints/latest            name of the newest complete one
 
@@ -32,7 +33,9 @@ from sivae_dist.engine.run_folder import write_atomic
 from sivae_dist.errors import UserError
 
 FORMAT = 1
+_MAX_JSON_BYTES = 16 << 20
 _NAME = re.compile(r"nimg-(\d{9,})")
+MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's, beside its step count
 TENSOR_FILES = ("weights", "ema", "optimizer")
 FILES = (*(f"{stem}.safetensors" for stem in TENSOR_FILES), "state.json")
 
@@ -44,6 +47,7 @@ class Snapshot:
     nimg: int
     tensors: dict[str, dict[str, Tensor]]  # file stem -> name -> tensor
     state: dict[str, Any] = field(default_factory=dict)  # JSON-able
+    path: Path | None = None  # where it was read from
 
 
 def snapshot(
@@ -74,13 +78,20 @@ def restore(saved: Snapshot, model: nn.Module, ema: nn.Module, optimizers: dict[
         for name, parameter in _named(model, player, optimizer).items():
             prefix = f"{player}/{name}/"
             stored = {k.removeprefix(prefix): v for k, v in saved.tensors["optimizer"].items() if k.startswith(prefix)}
+            if not stored:  # it was never stepped
+                optimizer.state.pop(parameter, None)
+                continue
+            expected = dict.fromkeys(MOMENTS, parameter.shape) | {"step": torch.Size()}
+            if {key: value.shape for key, value in stored.items()} != expected:
+                got = ", ".join(f"{key} {tuple(value.shape)}" for key, value in stored.items())[:200]
+                raise UserError(
+                    f"the checkpoint's optimizer state of {prefix[:-1]} does not fit: {got}", _RESTORE_ADVICE
+                )
             optimizer.state[parameter] = {
                 # Moments lie in memory as their parameter does; the step count stays on the host, where Adam keeps it.
-                key: torch.empty_like(parameter).copy_(value) if value.shape == parameter.shape else value.clone()
+                key: torch.empty_like(parameter).copy_(value) if key in MOMENTS else value.float()
                 for key, value in stored.items()
             }
-            if not stored:
-                del optimizer.state[parameter]
 
 
 def load_weights(module: nn.Module, tensors: dict[str, Tensor], what: str) -> None:
@@ -106,9 +117,23 @@ def load_weights(module: nn.Module, tensors: dict[str, Tensor], what: str) -> No
 
 def write(folder: Path, saved: Snapshot) -> Path:
     """Writes a complete checkpoint into the run's checkpoint folder and moves `latest` to it. Returns its path."""
-    final = folder / f"nimg-{saved.nimg:09d}"
+    final = folder / name_of(saved.nimg)
     aside = folder / f".{final.name}.tmp"
     shutil.rmtree(aside, ignore_errors=True)
+    try:
+        _write_files(aside, saved)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)  # a part of a checkpoint only fills the disk further
+        raise
+    remove(final)  # an earlier life of this run may have written it before it was taken back
+    aside.rename(final)
+    _sync(folder)
+    write_atomic(folder / "latest", final.name + "\n")
+    _sync(folder)
+    return final
+
+
+def _write_files(aside: Path, saved: Snapshot) -> None:
     aside.mkdir(parents=True)
     for stem in TENSOR_FILES:
         save_file(saved.tensors[stem], aside / f"{stem}.safetensors")
@@ -120,12 +145,6 @@ def write(folder: Path, saved: Snapshot) -> Path:
     for name in [*FILES, "files.json"]:
         _sync(aside / name)
     _sync(aside)
-    remove(final)  # an earlier life of this run may have written it before it was taken back
-    aside.rename(final)
-    _sync(folder)
-    write_atomic(folder / "latest", final.name + "\n")
-    _sync(folder)
-    return final
 
 
 def remove(path: Path) -> None:
@@ -140,22 +159,49 @@ def remove(path: Path) -> None:
 def read(path: Path) -> Snapshot:
     """Reads a checkpoint and checks it against its list of files. Raises UserError when it is damaged or newer."""
     try:
-        listing = json.loads((path / "files.json").read_text(encoding="utf-8"))
-        if not isinstance(listing, dict) or set(listing) != set(FILES):
+        state = _read_json(path / "state.json")
+        # First of all: a newer format may have other files and other fields.
+        if type(state["format"]) is not int or state["format"] > FORMAT:
+            raise UserError(
+                f"{path} has checkpoint format {state['format']!r:.80}, this version reads up to {FORMAT}",
+                "update sivae-dist",
+            )
+        listing = _read_json(path / "files.json")
+        if set(listing) != set(FILES):
             raise UserError(f"{path}/files.json does not list the files of a checkpoint", _RESTORE_ADVICE)
         for name, facts in listing.items():
             if (path / name).stat().st_size != facts["bytes"] or _sha256(path / name) != facts["sha256"]:
                 raise UserError(f"{path / name} differs from what was written (size or sha256)", _RESTORE_ADVICE)
-        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-        if state["format"] > FORMAT:
-            raise UserError(
-                f"{path} has checkpoint format {state['format']}, this version reads up to {FORMAT}",
-                "update sivae-dist",
-            )
+        _check_state(path / "state.json", state)
         tensors = {stem: load_file(path / f"{stem}.safetensors") for stem in TENSOR_FILES}
-        return Snapshot(int(state["nimg"]), tensors, state)
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise UserError(f"cannot read the checkpoint {path}: {error}", _RESTORE_ADVICE) from error
+        return Snapshot(int(state["nimg"]), tensors, state, path)
+    except KeyError as error:
+        raise UserError(f"cannot read the checkpoint {path}: {error} is missing", _RESTORE_ADVICE) from error
+    except (OSError, ValueError, TypeError, RecursionError, SafetensorError) as error:
+        raise UserError(f"cannot read the checkpoint {path}: {error}"[:500], _RESTORE_ADVICE) from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if path.stat().st_size > _MAX_JSON_BYTES:
+        raise UserError(f"{path} has more than {_MAX_JSON_BYTES} bytes", _RESTORE_ADVICE)
+    value = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds a {type(value).__name__}, expected keys and values", _RESTORE_ADVICE)
+    return value
+
+
+def _check_state(path: Path, state: dict[str, Any]) -> None:
+    """Raises UserError when a field that every resume needs is not what it should be."""
+    for name, kind, low in (("nimg", int, 0), ("plan_salt", int, 0), ("sums", dict, None), ("data", str, None)):
+        value = state[name]
+        if not isinstance(value, kind) or isinstance(value, bool) or (low is not None and not low <= value < 1 << 62):
+            raise UserError(f"{path} has {name} = {value!r:.80}, expected {kind.__name__}", _RESTORE_ADVICE)
+    for tag, pair in state["sums"].items():  # a sum may be NaN or infinite, which reports then show
+        numbers = isinstance(pair, list) and [type(v) for v in pair] in ([float, int], [int, int])
+        if not numbers or abs(pair[1]) >= 1 << 62 or (type(pair[0]) is int and abs(pair[0]) >= 1 << 62):
+            raise UserError(f"{path} has sums of {tag!r:.80} = {pair!r:.80}, expected sum and count", _RESTORE_ADVICE)
+    if not isinstance(state.get("config", {}), dict) or not isinstance(state.get("metrics", {}), dict):
+        raise UserError(f"{path} has a config or metrics that are no keys and values", _RESTORE_ADVICE)
 
 
 _RESTORE_ADVICE = "resume from another checkpoint of the run (--resume PATH), or start anew (--resume never)"
@@ -169,6 +215,11 @@ def complete(folder: Path) -> list[Path]:
     return sorted(found, key=nimg_of)
 
 
+def name_of(nimg: int) -> str:
+    """Name of the checkpoint after this many images."""
+    return f"nimg-{nimg:09d}"
+
+
 def nimg_of(path: Path) -> int:
     """Images seen by the checkpoint of this name."""
     return int(path.name.removeprefix("nimg-"))
@@ -178,7 +229,7 @@ def latest(folder: Path) -> Path | None:
     """The checkpoint to resume from: the one `latest` names, else the newest complete one, else None."""
     pointer = folder / "latest"
     if pointer.is_file():
-        name = pointer.read_text(encoding="utf-8").strip()
+        name = pointer.read_text(encoding="utf-8", errors="replace").strip()
         if _NAME.fullmatch(name) and (folder / name / "files.json").is_file():
             return folder / name
     found = complete(folder)

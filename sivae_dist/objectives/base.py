@@ -107,8 +107,29 @@ class Phase:
     statistics: tuple[str, ...] = ("encoder", "decoder")
 
 
+@dataclass
+class Strength:
+    """The one number of an objective that may be changed between iterations: how hard fakes are told from real data.
+
+    The phases stay pure: they read `value` and never write it.
+
+    name:   the configuration field it starts from and stands in for ("beta_neg", "margin").
+    value:  what the phases use.
+    harder: (strength, mean kl_fake in nats) -> +1 or -1, the direction in which a change pushes the KL of fakes up.
+    """
+
+    name: str
+    value: float
+    harder: Callable[[float, float], int]
+
+
 class Objective(Protocol):
     """A built objective."""
+
+    @property
+    def strength(self) -> Strength | None:
+        """What may be adjusted between iterations; None where nothing can."""
+        ...
 
     def phases(self, nimg: int) -> tuple[Phase, ...]:
         """The phases of the iteration that starts after `nimg` images (warm-ups make this depend on nimg)."""

@@ -16,7 +16,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from sivae_dist.objectives import terms as t
-from sivae_dist.objectives.base import Draws, ObjectiveConfig, Phase, Players, Terms
+from sivae_dist.objectives.base import Draws, ObjectiveConfig, Phase, Players, Strength, Terms
 from sivae_dist.objectives.vae import Vae, VaeConfig
 
 FAKE_SOURCES = 2  # s = r, p in the paper: reconstructions and samples from the prior
@@ -58,6 +58,7 @@ class IntroVae:
 
     def __init__(self, config: IntroVaeConfig, sample_shape: tuple[int, ...]) -> None:
         self.config = config
+        self.strength = Strength("margin", config.margin, harder=lambda margin, kl_fake: 1)
         self.warmup = Vae(VaeConfig(rec_loss=config.rec_loss), sample_shape)
         neg = config.beta_neg if config.decoder_weight == "paper" else 1.0
         self.encoder_alpha = config.beta_kl * config.beta_neg / FAKE_SOURCES
@@ -82,7 +83,7 @@ class IntroVae:
         batch_mean: the gate is open for the whole batch or for none of it. Gating each sample's m - KL keeps the loss a
         sum over samples, so value and gradient do not depend on how the batch is split over ranks.
         """
-        distance = self.config.margin - kl_fake
+        distance = self.strength.value - kl_fake
         if self.config.hinge == "per_sample":
             return distance.clamp(min=0)
         return (draws.batch_mean(distance) > 0) * distance

@@ -17,7 +17,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from sivae_dist.objectives import terms as t
-from sivae_dist.objectives.base import Draws, Gaussian, ObjectiveConfig, Phase, Players, Terms
+from sivae_dist.objectives.base import Draws, Gaussian, ObjectiveConfig, Phase, Players, Strength, Terms
 from sivae_dist.objectives.vae import RecRealReduction, Vae, VaeConfig, data_reduction
 
 _POSITIVE = ("alpha",)
@@ -93,6 +93,7 @@ class SoftIntroVae:
 
     def __init__(self, config: SoftIntroVaeConfig, sample_shape: tuple[int, ...]) -> None:
         self.config = config
+        self.strength = Strength("beta_neg", config.beta_neg, self._harder)
         self.scale = 1 / math.prod(sample_shape) if config.scale is None else config.scale
         self.reduce = data_reduction(config.rec_loss, config.rec_real_reduction, sample_shape)
         # The order of the sources is that of the public image code, which decides the running statistics.
@@ -116,6 +117,12 @@ class SoftIntroVae:
             Phase("encoder", ("encoder",), self.encoder_loss),
             Phase("decoder", ("decoder",), self.decoder_loss),
         )
+
+    def _harder(self, beta_neg: float, kl_fake: float) -> int:
+        """Where the derivative of exp(alpha ELBO)/alpha by kl_fake, beta_neg scale exp(-alpha scale beta_neg kl_fake),
+        grows with beta_neg: below 1 / (alpha scale kl_fake). Above, fakes count as hopeless and are left alone.
+        """
+        return 1 if self.config.alpha * self.scale * beta_neg * kl_fake < 1 else -1
 
     def _elbo(self, rec: Tensor, kl_: Tensor, beta_kl: float) -> Tensor:
         return t.elbo(rec, kl_, scale=self.scale, beta_rec=self.config.beta_rec, beta_kl=beta_kl)
@@ -143,7 +150,7 @@ class SoftIntroVae:
             x_again = players.decoder(t.reparameterize(q, draws.noise(name)), name)
             target = x if attached or c.rec_target == "attached" else x.detach()
             rec_again, kl_again = t.reconstruction(target, x_again, c.rec_loss), t.kl(q, prior)
-            exp_elbo = t.exp_elbo(self._elbo(rec_again, kl_again, c.beta_neg), c.alpha)
+            exp_elbo = t.exp_elbo(self._elbo(rec_again, kl_again, self.strength.value), c.alpha)
             loss = loss + exp_elbo / (c.alpha * len(self.sources))
             parts = {f"rec_{source}": rec_again, f"kl_{source}": kl_again, f"exp_elbo_{source}": exp_elbo}
             named |= t.detached(**parts)

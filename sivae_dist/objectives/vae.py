@@ -9,7 +9,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from sivae_dist.objectives import terms as t
-from sivae_dist.objectives.base import Draws, ObjectiveConfig, Phase, Players, Terms
+from sivae_dist.objectives.base import Draws, ObjectiveConfig, Phase, Players, Strength, Terms
 
 RecRealReduction = Literal["sum", "published"]
 
@@ -48,6 +48,7 @@ class Vae:
 
     def __init__(self, config: VaeConfig, sample_shape: tuple[int, ...]) -> None:
         self.config = config
+        self.strength: Strength | None = None
         self.scale = 1 / math.prod(sample_shape) if config.scale is None else config.scale
         self.reduce = data_reduction(config.rec_loss, config.rec_real_reduction, sample_shape)
 
