@@ -36,6 +36,7 @@ DROPPED: dict[Family, tuple[str, ...]] = {
 }
 
 _STAGE = re.compile(r"(encoder|decoder)\.main\.res_in_(\d+)\.(conv_expand|conv1|bn1|conv2|bn2)\.(\w+)")
+_LONG_NUMBER = re.compile(r"\d{5}")  # no network has so many parts, and sizes are computed from these numbers
 _BLOCK_PARTS = {"conv_expand": "skip", "conv1": "conv1", "bn1": "norm1", "conv2": "conv2", "bn2": "norm2"}
 _RESIDUAL_PREFIXES = {
     "encoder.main.0.": "encoder.stem.conv.",
@@ -68,6 +69,18 @@ def _stages(keys: Collection[str], player: str) -> list[int]:
     """The nominal resolutions of a player's residual blocks, in the order in which the data pass them."""
     found = {int(m[2]) for m in map(_STAGE.fullmatch, keys) if m and m[1] == player}
     return sorted(found, reverse=player == "encoder")
+
+
+def belongs(family: Family, key: str) -> bool:
+    """Whether a published key is one of the family's (dropped ones included)."""
+    if _LONG_NUMBER.search(key):
+        return False
+    if is_dropped(family, key):
+        return True
+    if family == "style":
+        return any(pattern.fullmatch(key) for pattern, _ in _STYLE)
+    prefixes = _TWOD_PREFIXES if family == "twod" else _RESIDUAL_PREFIXES
+    return key.startswith(tuple(prefixes)) or (family != "twod" and _STAGE.fullmatch(key) is not None)
 
 
 def names(family: Family, published: Collection[str]) -> dict[str, str]:
