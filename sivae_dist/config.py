@@ -20,8 +20,10 @@ import yaml
 from sivae_dist.data import DataConfig
 from sivae_dist.distributed.launch import DistributedConfig
 from sivae_dist.engine.checkpoint_writer import CheckpointConfig
+from sivae_dist.engine.controller import ControllerConfig
 from sivae_dist.engine.ema import EmaConfig
 from sivae_dist.engine.evaluate import EvalConfig
+from sivae_dist.engine.guard import GuardConfig
 from sivae_dist.engine.optim import OptimConfig
 from sivae_dist.engine.precision import PrecisionConfig
 from sivae_dist.engine.schedule import TrainConfig
@@ -54,6 +56,8 @@ class RunConfig:
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     ema: EmaConfig = field(default_factory=EmaConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
+    controller: ControllerConfig = field(default_factory=ControllerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)

@@ -1,1 +1,1 @@
-"""What is built from the other rooms for people: looking at a machine, and at what a model has learnt."""
+"""What is built from the other rooms for people: looking at a machine, at data, and at what a model has learnt."""

@@ -21,9 +21,11 @@ def main(arguments: list[str] | None = None) -> None:
 
 def commands() -> dict[str, Callable[..., object]]:
     """All commands by name; a typed function each, whose signature is its command line."""
-    from sivae_dist.cli import data, evaluate, scenes  # noqa: PLC0415 (imports of one command must not cost another)
+    # Here and below: the imports of one command must not cost another.
+    from sivae_dist.cli import data, evaluate, import_published, scenes, suggest  # noqa: PLC0415
 
-    return {**data.COMMANDS, **scenes.COMMANDS, **evaluate.COMMANDS}
+    parts = (data, scenes, evaluate, suggest, import_published)
+    return {name: command for part in parts for name, command in part.COMMANDS.items()}
 
 
 def _run(arguments: list[str]) -> None:

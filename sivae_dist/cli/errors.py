@@ -32,6 +32,8 @@ def guarded(command: Callable[[list[str]], None], arguments: list[str]) -> None:
     with _interruptible():
         try:
             command(arguments)
+            if _several():
+                _leave(0)
         except KeyboardInterrupt:
             with contextlib.suppress(ValueError):
                 signal.signal(signal.SIGINT, signal.SIG_IGN)  # one is enough: no traceback from the clean-up

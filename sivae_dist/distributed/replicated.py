@@ -9,6 +9,7 @@ of gradients of (local per-sample sums / global batch), so ranks may hold differ
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,19 @@ from torch.optim import Optimizer
 from sivae_dist.distributed.group import Group
 
 BUCKET_BYTES = 64 << 20  # few large collectives; one bucket for most networks here
+
+
+@dataclass(frozen=True)
+class Gradient:
+    """What is known of a player's gradient once it is summed over ranks; scalar tensors, nothing read back.
+
+    norm:  its norm before clipping, the same on all ranks. Non-finite exactly if some entry is, on any rank (or the
+           norm overflows), so all ranks take the same decision from it.
+    local: the norm (up to the order of sums) of this rank's part alone: tells which rank a non-finite entry is from.
+    """
+
+    norm: Tensor
+    local: Tensor
 
 
 class Replicated:
@@ -53,19 +67,15 @@ class Replicated:
         """Accumulates gradients of a scalar."""
         loss.backward()  # type: ignore[no-untyped-call]
 
-    def reduce(self, name: str) -> Tensor:
-        """Sums the player's gradients over ranks and clips them. Returns their norm before clipping (scalar tensor).
-
-        The norm is non-finite exactly if some gradient is, on any rank (or the norm overflows), so every rank
-        takes the same decision from it.
-        """
+    def reduce(self, name: str, *, scale: float = 1.0) -> Gradient:
+        """Sums the player's gradients over ranks, divides them by `scale` (what the loss was multiplied by), clips."""
         parameters = list(self.players[name].parameters())
+        parts: list[Tensor] = []
         if self.group.ranks > 1:
-            for parameter in parameters:
-                if parameter.grad is None:  # unused here; another rank may have used it
-                    parameter.grad = torch.zeros_like(parameter)
+            self._fill(parameters)
             for bucket in _buckets([p.grad for p in parameters if p.grad is not None]):
                 flat = torch.cat([gradient.reshape(-1) for gradient in bucket])
+                parts.append(torch.linalg.vector_norm(flat))
                 self.group.sum_(flat)
                 self.bytes_reduced += flat.numel() * flat.element_size()
                 self.collectives += 1
@@ -74,10 +84,26 @@ class Replicated:
                     gradient.copy_(flat[offset : offset + gradient.numel()].view_as(gradient))
                     offset += gradient.numel()
         gradients = [p.grad for p in parameters if p.grad is not None]
+        if scale != 1.0:
+            torch._foreach_mul_(gradients, 1.0 / scale)
         norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
         if self.clip_norm is not None:
             torch._foreach_mul_(gradients, torch.clamp(self.clip_norm / (norm + 1e-6), max=1.0))
-        return norm
+        return Gradient(norm, torch.linalg.vector_norm(torch.stack(parts)) if parts else norm)
+
+    def _fill(self, parameters: list[nn.Parameter]) -> None:
+        """Gives zeros to those without a gradient here but with one on another rank: all ranks add up the same tensors.
+
+        Those that no rank has used (levels of a growing network) stay without: optimizers leave such parameters alone,
+        on several ranks as on one. The answer is read from the device only where some are missing.
+        """
+        used = torch.tensor([float(p.grad is not None) for p in parameters], device=parameters[0].device)
+        self.group.sum_(used)
+        if all(parameter.grad is not None for parameter in parameters):
+            return
+        for parameter, ranks in zip(parameters, used.tolist(), strict=True):
+            if parameter.grad is None and ranks > 0:
+                parameter.grad = torch.zeros_like(parameter)
 
     def step(self, name: str) -> None:
         """One optimizer step of a player."""

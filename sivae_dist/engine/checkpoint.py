@@ -3,7 +3,8 @@
     checkpoints/nimg-000012345/   weights.safetensors    both players, current weights and buffers
                                   ema.safetensors        the same names, averaged
                                   optimizer.safetensors  PLAYER/PARAMETER/STATE
-                                  state.json             format, nimg, plan salt, config, sums since the last report
+                                  state.json             format, nimg, plan salt, config, sums since the last report,
+                                          counts of the guard, loss scales, the controller's strength
                                   files.json             size and sha256 of the others
     checkpoints/latest            name of the newest complete one
 
@@ -46,6 +47,7 @@ class Snapshot:
     nimg: int
     tensors: dict[str, dict[str, Tensor]]  # file stem -> name -> tensor
     state: dict[str, Any] = field(default_factory=dict)  # JSON-able
+    path: Path | None = None  # where it was read from
 
 
 def snapshot(
@@ -115,7 +117,7 @@ def load_weights(module: nn.Module, tensors: dict[str, Tensor], what: str) -> No
 
 def write(folder: Path, saved: Snapshot) -> Path:
     """Writes a complete checkpoint into the run's checkpoint folder and moves `latest` to it. Returns its path."""
-    final = folder / f"nimg-{saved.nimg:09d}"
+    final = folder / name_of(saved.nimg)
     aside = folder / f".{final.name}.tmp"
     shutil.rmtree(aside, ignore_errors=True)
     try:
@@ -172,7 +174,7 @@ def read(path: Path) -> Snapshot:
                 raise UserError(f"{path / name} differs from what was written (size or sha256)", _RESTORE_ADVICE)
         _check_state(path / "state.json", state)
         tensors = {stem: load_file(path / f"{stem}.safetensors") for stem in TENSOR_FILES}
-        return Snapshot(int(state["nimg"]), tensors, state)
+        return Snapshot(int(state["nimg"]), tensors, state, path)
     except KeyError as error:
         raise UserError(f"cannot read the checkpoint {path}: {error} is missing", _RESTORE_ADVICE) from error
     except (OSError, ValueError, TypeError, RecursionError, SafetensorError) as error:
@@ -211,6 +213,11 @@ def complete(folder: Path) -> list[Path]:
         return []
     found = [path for path in folder.iterdir() if _NAME.fullmatch(path.name) and (path / "files.json").is_file()]
     return sorted(found, key=nimg_of)
+
+
+def name_of(nimg: int) -> str:
+    """Name of the checkpoint after this many images."""
+    return f"nimg-{nimg:09d}"
 
 
 def nimg_of(path: Path) -> int:

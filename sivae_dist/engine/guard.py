@@ -1,48 +1,93 @@
-"""Numbers that are no numbers: counted, reported by name and rank, never stepped on and never hidden."""
+"""Numbers that are no numbers: counted, reported by name and rank, never stepped on and never hidden.
+
+An iteration has already skipped what was not finite (engine/iteration.py). The guard counts, tells, and decides when a
+run goes back to its last good checkpoint, or ends.
+"""
 
 from __future__ import annotations
 
 import sys
-
-import torch
+from dataclasses import dataclass
 
 from sivae_dist.distributed.group import Group
-from sivae_dist.engine.iteration import IterationReport
+from sivae_dist.engine.finite import Skip
 from sivae_dist.errors import UserError
 
-PATIENCE = 10  # skipped iterations in a row before the run is stopped
+ADVICE = (
+    "lower the learning rate, set optim.clip_norm, raise objective.beta_kl, or use precision.dtype fp32; if the "
+    "message names the data, run `sivae-dist data verify` on them. Checkpoints are whole: the same command with such a "
+    "change goes on from the last one, --resume PATH from an earlier one"
+)
+
+
+@dataclass(frozen=True)
+class GuardConfig:
+    """What happens when losses or gradients are not finite (such a step is never taken)."""
+
+    patience: int = 10
+    """After this many iterations in a row with a skipped step, the run goes back to its last good checkpoint (or to its
+    beginning), and on from there with other data order and noise."""
+    max_rollbacks: int = 3
+    """So often it goes back; the next time it ends with an error."""
+
+    def __post_init__(self) -> None:
+        if self.patience < 1 or self.max_rollbacks < 0:
+            raise UserError(
+                f"guard: patience {self.patience}, max_rollbacks {self.max_rollbacks} are not all in range",
+                "patience must be at least 1, max_rollbacks at least 0",
+            )
 
 
 class Guard:
-    """Watches the reports of iterations. An iteration with a non-finite gradient has already skipped its step."""
+    """Counts over the whole run, restarts and rollbacks included. The same on all ranks."""
 
-    def __init__(self, group: Group) -> None:
-        self.group = group
-        self.nonfinite = self.skipped = self.in_a_row = 0
+    def __init__(self, config: GuardConfig, group: Group) -> None:
+        self.config, self.group = config, group
+        self.nonfinite = self.skipped = self.overflows = self.rollbacks = self.in_a_row = 0
 
-    def check(self, report: IterationReport, nimg: int) -> None:
-        """Counts and reports a skipped iteration (the same on all ranks); raises UserError after PATIENCE in a row."""
-        if not report.skipped:
+    @property
+    def calm(self) -> bool:
+        """Whether the last iteration was whole: only then is the state worth going back to."""
+        return self.in_a_row == 0
+
+    def passed(self, skip: Skip | None, nimg: int) -> bool:
+        """Counts and reports an iteration that ended at `nimg`. False when the run should go back."""
+        if skip is None:
             self.in_a_row = 0
-            return
-        self.skipped += len(report.skipped)
-        self.in_a_row += 1
-        local = [f"{phase}/{term}" for (phase, term), total in report.sums.items() if not bool(torch.isfinite(total))]
-        self.nonfinite += len(local)
-        ranks = self.group.texts(",".join(local))
-        where = "; ".join(f"rank {rank}: {names}" for rank, names in enumerate(ranks) if names)
-        text = f"non-finite gradient of the {' and '.join(report.skipped)} at {nimg} images, step skipped " + (
-            f"(non-finite terms: {where})" if where else "(all loss terms finite: the backward pass overflowed)"
-        )
-        if self.group.is_main:
-            print(text, file=sys.stderr)
-        if self.in_a_row >= PATIENCE:
-            raise UserError(
-                f"{text}; {PATIENCE} iterations in a row were skipped",
-                "lower the learning rate, raise objective.beta_neg or objective.beta_kl, set optim.clip_norm, or try "
-                "precision.dtype fp32; the last checkpoint is whole, the same command resumes from it",
-            )
+        elif skip.overflow:
+            self.overflows += 1
+        else:
+            self.nonfinite += skip.count
+            self.skipped += 1
+            self.in_a_row += 1
+            self._say(f"not finite at {nimg} images, phase {skip.phase} skipped on all ranks ({skip.text()})")
+            return self.in_a_row < self.config.patience
+        return True
+
+    def roll_back(self, nimg: int, to: str) -> None:
+        """Counts and reports a rollback at `nimg` to the point named `to`. Raises UserError when there were enough."""
+        bad = f"{self.in_a_row} iterations in a row were not finite, the last at {nimg} images"
+        if self.rollbacks >= self.config.max_rollbacks:
+            raise UserError(f"{bad}, and the run has been rolled back {self.rollbacks} times already", ADVICE)
+        self.rollbacks += 1
+        self.in_a_row = 0
+        self._say(f"{bad}: back to {to}, with other data order and noise (rollback {self.rollbacks})")
 
     def counts(self) -> dict[str, float]:
-        """The tags `guard/...` since the start of this process."""
-        return {"guard/nonfinite": float(self.nonfinite), "guard/skipped": float(self.skipped)}
+        """The tags `guard/...` that are counts."""
+        return {
+            f"guard/{name}": float(getattr(self, name)) for name in ("nonfinite", "skipped", "overflows", "rollbacks")
+        }
+
+    def state(self) -> dict[str, int]:
+        """For a checkpoint."""
+        return {name: getattr(self, name) for name in ("nonfinite", "skipped", "overflows", "rollbacks", "in_a_row")}
+
+    def load(self, state: dict[str, int]) -> None:
+        """Takes up a checkpoint's state (on resume; a rollback keeps the live counts)."""
+        for name in self.state():
+            setattr(self, name, int(state.get(name, 0)))
+
+    def _say(self, text: str) -> None:
+        if self.group.is_main:
+            print(text, file=sys.stderr, flush=True)

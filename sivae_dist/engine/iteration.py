@@ -2,9 +2,11 @@
 
     for each phase (player trained, players frozen):
         for each micro-batch: terms = objective(players, x, draws, carry);  backward(sum(loss) / global batch)
-        sum gradients over ranks -> finite? -> step
+        sum gradients over ranks -> all finite, on every rank? -> step
 
-All micro-batches of one phase come before the next phase: the decoder must see the encoder after its step.
+All micro-batches of one phase come before the next phase: the decoder must see the encoder after its step. A phase with
+a non-finite number is skipped on all ranks: buffers go back to where they were before it, its terms are not reported,
+and the phases after it, which would work on what it carried over, are skipped too. Phases before it stand.
 """
 
 from __future__ import annotations
@@ -13,15 +15,18 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from sivae_dist import counters
 from sivae_dist.data import Batch
 from sivae_dist.distributed.replicated import Replicated
-from sivae_dist.engine.precision import Precision
-from sivae_dist.models import Autoencoder
+from sivae_dist.engine.draws import PositionDraws
+from sivae_dist.engine.finite import Buffers, Skip, examine
+from sivae_dist.engine.loss_scale import LossScales
+from sivae_dist.engine.precision import Drawing, Precision
+from sivae_dist.engine.tally import Tally, add_shares
+from sivae_dist.models import Autoencoder, DecoderDraws
 from sivae_dist.objectives import Draws, Objective, Phase, Terms
 
 Noise = Callable[[str], Tensor]
@@ -34,19 +39,23 @@ class IterationReport:
 
     sums:      (phase, term) -> sum of the per-sample term over this rank's samples (scalar tensor)
     grad_norm: player -> norm of the summed gradient before clipping (scalar tensor)
-    skipped:   players whose step was skipped because of a non-finite gradient
+    shares:    tag -> (this rank's sum, what the sum over ranks is divided by): fractions that `guard/...` tags report
+    skip:      what was not finite, the same on all ranks; None after a whole iteration
+
+    Of a skipped phase nothing enters sums, norms and shares.
     """
 
     sums: dict[tuple[str, str], Tensor] = field(default_factory=dict)
     grad_norm: dict[str, Tensor] = field(default_factory=dict)
-    skipped: list[str] = field(default_factory=list)
+    shares: dict[str, tuple[Tensor, int]] = field(default_factory=dict)
+    skip: Skip | None = None
 
 
 class Iteration:
     """Runs iterations of an objective on a model whose players a strategy trains.
 
-    seed keys the noise; accumulation splits each rank's part of a batch into that many micro-batches (batch-norm
-    statistics are then those of a micro-batch over all ranks).
+    seed and salt key the noise; the salt changes when a run has been rolled back. accumulation splits each rank's part
+    of a batch into that many micro-batches (batch-norm statistics are then those of a micro-batch over all ranks).
     """
 
     def __init__(
@@ -58,10 +67,13 @@ class Iteration:
         seed: int = 0,
         accumulation: int = 1,
         precision: Precision | None = None,
+        scales: LossScales | None = None,
+        salt: int = 0,
     ) -> None:
         self.model, self.objective, self.strategy = model, objective, strategy
-        self.seed, self.accumulation = seed, accumulation
-        self.precision = precision or Precision()
+        self.seed, self.salt, self.accumulation = seed, salt, accumulation
+        self.precision, self.scales = precision or Precision(), scales or LossScales()
+        self.buffers = Buffers(model)
 
     def __call__(
         self,
@@ -70,11 +82,13 @@ class Iteration:
         nimg: int,
         global_batch: int,
         noise: Noise | None = None,
+        drawing: Drawing | None = None,
         observe: Observer | None = None,
     ) -> IterationReport:
         """One iteration on this rank's `batch` of a global batch that begins at image number `nimg`.
 
         noise:   replaces the position-keyed draws (tests feed recorded ones).
+        drawing: replaces those that a stochastic decoder makes.
         observe: called after the backward passes of a phase and before its optimizer steps.
         """
         self.model.train()
@@ -83,37 +97,61 @@ class Iteration:
         carries: list[dict[str, Tensor]] = [{} for _ in micro_batches]
         for phase in self.objective.phases(nimg):
             self.strategy.train_only(phase.trains)
-            with _statistics_only_of(self.model, phase.statistics):
+            self.buffers.save()
+            tally, scale = Tally(), self.scales.of(phase.trains)
+            with statistics_only_of(self.model, phase.statistics):
                 for micro, carry in zip(micro_batches, carries, strict=True):
-                    terms = self._terms(phase, micro, carry, noise)
-                    self.strategy.backward(terms.loss.sum() / global_batch)
+                    draws = drawing or self._drawing(micro, nimg)
+                    terms = self._terms(phase, micro, carry, noise, draws, tally)
+                    self.strategy.backward(terms.loss.sum() / global_batch * scale)
                     carry.update(terms.carry)
-                    _add(report.sums, phase.name, terms)
-            norms = {player: self.strategy.reduce(player) for player in phase.trains}
-            report.grad_norm.update(norms)
+                    tally.add(terms)
+            gradients = {player: self.strategy.reduce(player, scale=scale) for player in phase.trains}
             if observe is not None:
                 observe(phase, terms)
-            if bool(torch.stack(list(norms.values())).isfinite().all()):
-                for player in phase.trains:
-                    self.strategy.step(player)
-            else:
-                report.skipped.extend(phase.trains)
+            report.skip = examine(phase.name, batch.x, tally.sums, gradients, self.strategy.group)
+            self.scales.update(phase.trains, report.skip)
+            if report.skip is not None:
+                self.buffers.restore()
+                break
+            for player in phase.trains:
+                self.strategy.step(player)
+            report.sums |= {(phase.name, term): total for term, total in tally.sums.items()}
+            report.grad_norm |= {player: gradient.norm for player, gradient in gradients.items()}
+            add_shares(report.shares, tally.shares(global_batch, len(micro_batches)))
         return report
 
-    def _terms(self, phase: Phase, micro: Batch, carry: dict[str, Tensor], noise: Noise | None) -> Terms:
+    def _terms(
+        self,
+        phase: Phase,
+        micro: Batch,
+        carry: dict[str, Tensor],
+        noise: Noise | None,
+        drawing: Drawing,
+        tally: Tally,
+    ) -> Terms:
         condition = one_hot(micro.label, self.model.condition_dim, micro.x)
-        players = self.precision.players(self.model, condition)
+        players = self.precision.players(self.model, condition, tally.watch, drawing=drawing)
         draws = Draws(noise or self._noise(micro), self.strategy.group.mean)
         return phase.loss(players, micro.x, draws, carry)
 
     def _noise(self, micro: Batch) -> Noise:
-        """Draws keyed by (seed, name, position): the same for any number of ranks and after any restart."""
+        """Draws keyed by (seed, salt, name, position): the same for any number of ranks and after any restart."""
 
         def draw(name: str) -> Tensor:
-            key = counters.key(self.seed, "noise", name)
+            key = counters.key(self.seed, "noise", self.salt, name)
             return counters.normal(key, micro.position, self.model.prior.shape, micro.x.dtype)
 
         return draw
+
+    def _drawing(self, micro: Batch, nimg: int) -> Drawing:
+        """The same for what the decoder draws by itself: noise maps, styles to mix."""
+
+        def draws(name: str, from_prior: bool) -> DecoderDraws:
+            key = counters.key(self.seed, "decoder", self.salt, name)
+            return PositionDraws(key, micro.position, nimg, micro.x.dtype, from_prior, self.strategy.group.mean)
+
+        return draws
 
 
 def one_hot(label: Tensor | None, classes: int, like: Tensor) -> Tensor | None:
@@ -136,14 +174,8 @@ def _split(batch: Batch, parts: int) -> list[Batch]:
     ]
 
 
-def _add(sums: dict[tuple[str, str], Tensor], phase: str, terms: Terms) -> None:
-    for name, value in {**terms.named, "loss": terms.loss}.items():
-        total = value.detach().sum()
-        sums[phase, name] = sums[phase, name] + total if (phase, name) in sums else total
-
-
 @contextmanager
-def _statistics_only_of(model: Autoencoder, players: tuple[str, ...]) -> Iterator[None]:
+def statistics_only_of(model: Autoencoder, players: tuple[str, ...]) -> Iterator[None]:
     """Stops the batch-norm running statistics of the other players; batch statistics are used either way."""
     paused = [
         layer

@@ -33,12 +33,14 @@ class Meters:
         self.counts: dict[str, int] = {}  # what the sum is divided by: images for terms, iterations for norms
 
     def add(self, report: IterationReport, global_batch: int) -> None:
-        """Takes in one iteration."""
+        """Takes in one iteration. A skipped phase reports nothing, so the means are those of the finite ones."""
         for (phase, term), total in report.sums.items():
             self._add(TAGS.get((phase, term), f"{phase}/{term}"), total, global_batch)
         for player, norm in report.grad_norm.items():
             # Every rank holds the same norm; each contributes its share so that the sum over ranks is the norm.
             self._add(f"grad_norm/{player}", norm / self.group.ranks, 1)
+        for tag, (total, count) in report.shares.items():
+            self._add(tag, total, count)
 
     def _add(self, tag: str, value: Tensor, count: int) -> None:
         value = value.detach().to(self.device, torch.float64)
@@ -72,7 +74,9 @@ class Meters:
         return {tag: (float(total), self.counts[tag]) for tag, total in self.sums.items()}
 
     def load(self, state: dict[str, tuple[float, int]]) -> None:
-        """Takes up the sums of a checkpoint: on rank 0, the others begin with zero."""
+        """Takes up the sums of a checkpoint instead of its own: on rank 0, the others begin with zero."""
+        self.sums.clear()
+        self.counts.clear()
         for tag, (total, count) in state.items():
             value = total if self.group.is_main else 0.0
             self.sums[tag] = torch.tensor(value, dtype=torch.float64, device=self.device)

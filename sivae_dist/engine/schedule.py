@@ -19,12 +19,15 @@ class TrainConfig:
     """Each rank splits its part of a batch into this many micro-batches to save memory."""
     seed: int = 0
     """Keys weights, data order and all noise."""
+    minutes: float = 0.0
+    """Stop after this many minutes as if asked to: with a checkpoint that the same command goes on from. 0: never."""
 
     def __post_init__(self) -> None:
-        if self.kimg <= 0 or self.batch < 1 or self.accumulation < 1:
+        if self.kimg <= 0 or self.batch < 1 or self.accumulation < 1 or self.minutes < 0:
             raise UserError(
-                f"train: kimg {self.kimg}, batch {self.batch}, accumulation {self.accumulation} are not all in range",
-                "kimg must be positive, batch and accumulation at least 1",
+                f"train: kimg {self.kimg}, batch {self.batch}, accumulation {self.accumulation}, "
+                f"minutes {self.minutes} are not all in range",
+                "kimg must be positive, batch and accumulation at least 1, minutes at least 0",
             )
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import time
 from types import FrameType
 from typing import Any
 
@@ -16,12 +17,13 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 class StopSignals:
     """Within the context, SIGINT, SIGTERM and SIGUSR1 ask for a stop after the current iteration.
 
-    A second SIGINT interrupts at once, as usual.
+    A second SIGINT interrupts at once, as usual. minutes: ask by itself after so long; 0 never does.
     """
 
-    def __init__(self, group: Group) -> None:
+    def __init__(self, group: Group, minutes: float = 0.0) -> None:
         self.group = group
         self.asked = False
+        self._deadline = time.monotonic() + 60 * minutes if minutes > 0 else None
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopSignals:
@@ -40,6 +42,8 @@ class StopSignals:
 
     def agreed(self) -> bool:
         """Whether any rank was asked to stop: the same answer on all ranks. Collective."""
+        if self._deadline is not None and time.monotonic() >= self._deadline:
+            self.asked = True
         if self.group.ranks == 1:
             return self.asked
         flag = torch.tensor(float(self.asked), device=self.group.device())

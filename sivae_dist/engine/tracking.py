@@ -57,14 +57,23 @@ class Tracker:
     """Writes reports on the main rank; on the others every method does nothing."""
 
     def __init__(self, config: TrackingConfig, run: RunFolder, *, resumed_nimg: int, is_main: bool) -> None:
-        self.active = is_main
+        self.active, self.config, self.run = is_main, config, run
         self._writer: Any = None
-        if not is_main:
-            return
+        if is_main:
+            self._open(resumed_nimg if resumed_nimg else -1)
+
+    def rewind(self, nimg: int) -> None:
+        """Takes back everything after `nimg`, as on a resume from there."""
+        if self.active:
+            self.close()
+            self._open(nimg)
+
+    def _open(self, nimg: int) -> None:
         # What an earlier life wrote after its last checkpoint is taken back: it will be lived again.
-        cut_back(run.metrics, resumed_nimg if resumed_nimg else -1)
+        run = self.run
+        cut_back(run.metrics, nimg)
         self._file = open(run.metrics, "a", encoding="utf-8")  # noqa: SIM115 (closed in close)
-        if config.tensorboard:
+        if self.config.tensorboard:
             try:
                 from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415 (not every run has it)
             except ImportError as error:
@@ -73,7 +82,7 @@ class Tracker:
                     "pip install tensorboard, or set tracking.tensorboard to False",
                 ) from error
             threading.excepthook = _told_elsewhere
-            self._writer = SummaryWriter(str(run.tensorboard), purge_step=resumed_nimg + 1 if resumed_nimg else 0)
+            self._writer = SummaryWriter(str(run.tensorboard), purge_step=nimg + 1)
 
     def scalars(self, nimg: int, values: dict[str, float]) -> None:
         """One line of metrics.jsonl and the same tags in TensorBoard."""
@@ -158,6 +167,11 @@ class Progress:
         """After an iteration."""
         left = float(self._bar.total or 0) - float(self._bar.n)  # sums of floats may pass the total
         self._bar.update(min(images / 1000, left))
+
+    def rewind(self, nimg: int) -> None:
+        """Back to this many images."""
+        self._bar.n = nimg / 1000
+        self._bar.refresh()
 
     def show(self, values: dict[str, float]) -> None:
         """Puts the newest speeds and losses behind the bar."""

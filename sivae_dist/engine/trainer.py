@@ -12,17 +12,20 @@ from pathlib import Path
 import torch
 
 from sivae_dist.config import RunConfig, to_dict, to_yaml
-from sivae_dist.data import HostBatch
+from sivae_dist.data import HostBatch, Stream
 from sivae_dist.distributed import launch as launching
 from sivae_dist.distributed.replicated import Replicated
 from sivae_dist.distributed.sync_batch_norm import synchronise_batch_norm
 from sivae_dist.engine import checkpoint, resume
+from sivae_dist.engine.checkpoint import Snapshot
 from sivae_dist.engine.checkpoint_writer import CheckpointWriter
 from sivae_dist.engine.clock import Clock, memory
+from sivae_dist.engine.controller import Controller
 from sivae_dist.engine.ema import Ema
 from sivae_dist.engine.evaluate import Evaluator
 from sivae_dist.engine.guard import Guard
 from sivae_dist.engine.iteration import Iteration
+from sivae_dist.engine.loss_scale import LossScales
 from sivae_dist.engine.meters import Meters
 from sivae_dist.engine.precision import Precision
 from sivae_dist.engine.run_folder import RunFolder, environment, write_atomic, write_json
@@ -51,7 +54,9 @@ def train(config: RunConfig, out: str | Path, resume_from: str = "auto", *, dry_
 
             rehearse(trainer)
         else:
-            trainer.run()
+            finished = trainer.run()
+            if trainer.group.is_main and not finished:
+                print(f"stopped at {trainer.nimg / 1000:.3f} kimg; the same command goes on from here")
     finally:
         if trainer.lock is not None:
             trainer.lock.release()
@@ -84,27 +89,30 @@ class Trainer:
         strategy = Replicated(players, self.optimizers, self.group, clip_norm=config.optim.clip_norm)
         self.ema = Ema(config.ema, self.model)
         self.meters = Meters(self.group, self.device)
-
-        # The whole position of a run: images seen, and the salt of the data order.
-        self.nimg, self.salt = 0, 0
-        if saved is not None:
-            checkpoint.restore(saved, self.model, self.ema.model, self.optimizers)
-            self.nimg, self.salt = saved.nimg, int(saved.state["plan_salt"])
-            self.meters.load(saved.state["sums"])
-        self.stream = config.data.build(
-            seed=config.train.seed, salt=self.salt, rank=self.group.rank, ranks=self.group.ranks
-        )
-        resume.check_fits(self.stream, self.model, saved)
-
+        self.guard = Guard(config.guard, self.group)
         precision = Precision(config.precision.resolved(), self.device.type)
+        self.scales = LossScales.of_config(config.precision)
+        objective = build_objective(config, self.model)
+        self.controller = Controller(config.controller, objective, Meters(self.group, self.device))
         self.iteration = Iteration(
             self.model,
-            build_objective(config, self.model),
+            objective,
             strategy,
             seed=config.train.seed,
             accumulation=config.train.accumulation,
             precision=precision,
+            scales=self.scales,
         )
+
+        # The whole position of a run: images seen, and the salt of data order and noise.
+        self.nimg, self.salt = 0, 0
+        self.good: Path | None = None  # the checkpoint to go back to; None: the beginning
+        if saved is not None:
+            self._restore(saved)
+            self.guard.load(saved.state.get("guard", {}))
+            self.salt, self.good = int(saved.state["plan_salt"]), saved.path
+        self.stream = self._open_stream()
+        resume.check_fits(self.stream, self.model, saved)
         self.evaluator = Evaluator(config.eval, self.stream, self.group, self.device, precision, config.train.seed)
         self.newest: dict[str, float] = {}  # latest value of every metric, for the progress line
 
@@ -114,21 +122,33 @@ class Trainer:
             model.to(memory_format=self.layout)  # type: ignore[call-overload]
         return model
 
-    def run(self) -> None:
-        """The loop, then the summary."""
+    def _open_stream(self) -> Stream:
+        self.iteration.salt = self.salt
+        seed, group = self.config.train.seed, self.group
+        return self.config.data.build(seed=seed, salt=self.salt, rank=group.rank, ranks=group.ranks)
+
+    def _restore(self, saved: Snapshot) -> None:
+        checkpoint.restore(saved, self.model, self.ema.model, self.optimizers)
+        self.nimg = saved.nimg
+        self.meters.load(saved.state["sums"])
+        self.scales.load(saved.state.get("loss_scales", {}))
+        self.controller.load(saved.state.get("controller", {}))
+
+    def run(self) -> bool:
+        """The loop, then the summary. Returns whether the end was reached (else the run was asked to stop)."""
         config, total, size = self.config, self.config.train.total_nimg, self.config.train.batch
         self._describe()
         self.tracker = Tracker(config.tracking, self.folder, resumed_nimg=self.nimg, is_main=self.group.is_main)
         self.writer = CheckpointWriter(config.checkpoint, self.folder.checkpoints)
-        progress = Progress(total, self.nimg, enabled=config.tracking.progress and self.group.is_main)
-        self.guard, self.clock = Guard(self.group), Clock()
+        self.progress = Progress(total, self.nimg, enabled=config.tracking.progress and self.group.is_main)
+        self.clock = Clock()
 
         if self.nimg == 0 and config.eval.at_start:
             self._evaluate()
         batches = self.stream.batches(self.nimg, size)
-        stopped = False
+        stopped = save_due = False
         try:
-            with StopSignals(self.group) as stop:
+            with StopSignals(self.group, config.train.minutes) as stop:
                 while self.nimg < total and not stopped:
                     self.clock.begin()
                     host_batch = self._next(batches)
@@ -137,31 +157,37 @@ class Trainer:
                     rates = config.optim.apply(self.optimizers, self.nimg)
                     report = self.iteration(batch, nimg=self.nimg, global_batch=size)
                     self.nimg += size
-                    self.guard.check(report, self.nimg)
+                    if not self.guard.passed(report.skip, self.nimg):
+                        batches = self._roll_back(size)
+                        continue
                     self.ema.update(self.model, self.nimg, size)
                     self.meters.add(report, size)
+                    self.controller.after(report, self.nimg, size)
                     self.clock.end(size)
                     self.writer.raise_failure()
-                    progress.advance(size)
+                    self.progress.advance(size)
 
                     stopped = stop.agreed()
                     finished = self.nimg >= total
                     results: dict[str, float] = {}
                     if due(self.nimg, size, config.tracking.every_kimg) or finished:
                         self._report(rates)
-                        progress.show(self.newest)
+                        self.progress.show(self.newest)
                     if due(self.nimg, size, config.eval.every_kimg) or finished:
                         results = self._evaluate()
                     if due(self.nimg, size, config.tracking.images_every_kimg) or finished:
                         self._draw()
-                    if due(self.nimg, size, config.checkpoint.every_kimg) or finished or stopped:
+                    save_due |= due(self.nimg, size, config.checkpoint.every_kimg)
+                    if (save_due and self.guard.calm) or finished or stopped:
                         self._save(results)
+                        save_due = False
         finally:
             self.stream.close()
-            progress.close()
+            self.progress.close()
             self.writer.close()
             self.tracker.close()
         self._conclude(finished=self.nimg >= total)
+        return self.nimg >= total
 
     def _next(self, batches: Iterator[HostBatch]) -> HostBatch:
         """The next batch. Where the data fail, what was trained since the last checkpoint is saved first."""
@@ -184,7 +210,8 @@ class Trainer:
     def _report(self, rates: dict[str, float]) -> None:
         """Means since the last report, speeds, memory: one row of metrics."""
         values = self.meters.means() | {f"lr/{player}": rate for player, rate in rates.items()}
-        values |= self.clock.read() | memory(self.device) | self.guard.counts()
+        values |= self.clock.read() | memory(self.device)
+        values |= self.guard.counts() | self.scales.values() | self.controller.values()
         values["data/epoch"] = self.nimg / self.stream.epoch_size
         self.tracker.scalars(self.nimg, values)
         self.newest |= values
@@ -208,23 +235,47 @@ class Trainer:
     def _save(self, results: dict[str, float]) -> None:
         """Begins a checkpoint. results: what was evaluated at exactly this point; ranks checkpoints for retention."""
         self.meters.settle()
+        self.controller.meters.settle()
+        if self.guard.calm:
+            self.good = self.folder.checkpoints / checkpoint.name_of(self.nimg)
         if not self.group.is_main:
             return
         self.tracker.sync()
         state = {
             "plan_salt": self.salt,
             "sums": self.meters.state(),
+            "guard": self.guard.state(),
+            "loss_scales": self.scales.state(),
+            "controller": self.controller.state(),
             "metrics": results,
             "data": self.stream.fingerprint,
             "config": to_dict(self.config),
         }
         self.writer.save(checkpoint.snapshot(self.nimg, self.model, self.ema.model, self.optimizers, state))
 
+    def _roll_back(self, size: int) -> Iterator[HostBatch]:
+        """To the last good checkpoint, or the beginning; from there on with other data order and noise."""
+        self.guard.roll_back(self.nimg, self.good.name if self.good else "the beginning")
+        if self.group.is_main:
+            self.writer.wait()
+        self.group.barrier()  # now the checkpoint is there for all ranks
+        self._restore(checkpoint.read(self.good) if self.good else self._beginning())
+        self.tracker.rewind(self.nimg)
+        self.progress.rewind(self.nimg)
+        self.stream.close()
+        self.salt += 1
+        self.stream = self._open_stream()
+        return self.stream.batches(self.nimg, size)
+
+    def _beginning(self) -> Snapshot:
+        """The state before the first image, made anew from the seed."""
+        torch.manual_seed(self.config.train.seed)
+        weights = self.config.model.build().state_dict()
+        return Snapshot(0, {"weights": weights, "ema": weights, "optimizer": {}}, {"sums": {}})
+
     def _conclude(self, *, finished: bool) -> None:
         if self.group.is_main:
             write_json(self.folder.summary, summarise(self.folder, self.nimg, finished=finished))
-            if not finished:
-                print(f"stopped at {self.nimg / 1000:.3f} kimg; the same command goes on from here")
         self.launch.finish()
 
 

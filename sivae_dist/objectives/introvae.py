@@ -16,7 +16,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from sivae_dist.objectives import terms as t
-from sivae_dist.objectives.base import Draws, ObjectiveConfig, Phase, Players, Terms
+from sivae_dist.objectives.base import Draws, ObjectiveConfig, Phase, Players, Strength, Terms
 from sivae_dist.objectives.vae import Vae, VaeConfig
 
 FAKE_SOURCES = 2  # s = r, p in the paper: reconstructions and samples from the prior
@@ -58,6 +58,7 @@ class IntroVae:
 
     def __init__(self, config: IntroVaeConfig, sample_shape: tuple[int, ...]) -> None:
         self.config = config
+        self.strength = Strength("margin", config.margin, harder=lambda margin, kl_fake: 1)
         self.warmup = Vae(VaeConfig(rec_loss=config.rec_loss), sample_shape)
         neg = config.beta_neg if config.decoder_weight == "paper" else 1.0
         self.encoder_alpha = config.beta_kl * config.beta_neg / FAKE_SOURCES
@@ -82,7 +83,7 @@ class IntroVae:
         batch_mean: the gate is open for the whole batch or for none of it. Gating each sample's m - KL keeps the loss a
         sum over samples, so value and gradient do not depend on how the batch is split over ranks.
         """
-        distance = self.config.margin - kl_fake
+        distance = self.strength.value - kl_fake
         if self.config.hinge == "per_sample":
             return distance.clamp(min=0)
         return (draws.batch_mean(distance) > 0) * distance
@@ -91,10 +92,10 @@ class IntroVae:
         """Eq. 11, lines 4 to 10 of algorithm 1."""
         c, prior = self.config, players.prior
         z_prior = t.sample_prior(prior, draws.noise("z_prior"))  # Zp ~ p(z)
-        x_fake = players.decoder(z_prior)  # Xp = Dec(Zp)
+        x_fake = players.decoder(z_prior, "z_prior", from_prior=True)  # Xp = Dec(Zp)
         q_real = players.encoder(x_real)  # Z = Enc(X)
         z_post = t.reparameterize(q_real, draws.noise("z_post"))
-        x_rec = players.decoder(z_post)  # Xr = Dec(Z)
+        x_rec = players.decoder(z_post, "z_post")  # Xr = Dec(Z)
 
         rec = t.reconstruction(x_real, x_rec, c.rec_loss)  # L_AE, eq. 10
         kl_real = t.kl(q_real, prior)  # L_REG(Z), eq. 9
@@ -109,8 +110,8 @@ class IntroVae:
     def decoder_loss(self, players: Players, x_real: Tensor, draws: Draws, carry: dict[str, Tensor]) -> Terms:
         """Eq. 12, lines 11 to 13 of algorithm 1: the same Xr and Xp, the updated encoder."""
         c, prior = self.config, players.prior
-        x_fake = players.decoder(carry["z_prior"])
-        x_rec = players.decoder(carry["z_post"])
+        x_fake = players.decoder(carry["z_prior"], "z_prior", from_prior=True)
+        x_rec = players.decoder(carry["z_post"], "z_post")
         rec = t.reconstruction(x_real, x_rec, c.rec_loss)  # L_AE
         kl_rec = t.kl(players.encoder(x_rec), prior)  # L_REG(Enc(Xr))
         kl_fake = t.kl(players.encoder(x_fake), prior)  # L_REG(Enc(Xp))

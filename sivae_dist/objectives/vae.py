@@ -9,7 +9,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from sivae_dist.objectives import terms as t
-from sivae_dist.objectives.base import Draws, ObjectiveConfig, Phase, Players, Terms
+from sivae_dist.objectives.base import Draws, ObjectiveConfig, Phase, Players, Strength, Terms
 
 RecRealReduction = Literal["sum", "published"]
 
@@ -48,6 +48,7 @@ class Vae:
 
     def __init__(self, config: VaeConfig, sample_shape: tuple[int, ...]) -> None:
         self.config = config
+        self.strength: Strength | None = None
         self.scale = 1 / math.prod(sample_shape) if config.scale is None else config.scale
         self.reduce = data_reduction(config.rec_loss, config.rec_real_reduction, sample_shape)
 
@@ -59,7 +60,7 @@ class Vae:
         """-ELBO(x), single-sample estimate."""
         c = self.config
         q_real = players.encoder(x_real)
-        x_rec = players.decoder(t.reparameterize(q_real, draws.noise("z_post")))
+        x_rec = players.decoder(t.reparameterize(q_real, draws.noise("z_post")), "z_post")
         rec = t.reconstruction(x_real, x_rec, c.rec_loss)
         kl_real = t.kl(q_real, players.prior)
         loss = -t.elbo(self.reduce * rec, kl_real, scale=self.scale, beta_rec=c.beta_rec, beta_kl=c.beta_kl)
