@@ -29,13 +29,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from sivae_dist.engine.lreq_adam import LreqAdam
 from sivae_dist.engine.run_folder import write_atomic
 from sivae_dist.errors import UserError
 
 FORMAT = 1
 _MAX_JSON_BYTES = 16 << 20
 _NAME = re.compile(r"nimg-(\d{9,})")
-MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's, beside its step count
+MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's, beside its step count; LreqAdam has the second only
 TENSOR_FILES = ("weights", "ema", "optimizer")
 FILES = (*(f"{stem}.safetensors" for stem in TENSOR_FILES), "state.json")
 
@@ -81,7 +82,8 @@ def restore(saved: Snapshot, model: nn.Module, ema: nn.Module, optimizers: dict[
             if not stored:  # it was never stepped
                 optimizer.state.pop(parameter, None)
                 continue
-            expected = dict.fromkeys(MOMENTS, parameter.shape) | {"step": torch.Size()}
+            moments = MOMENTS[1:] if isinstance(optimizer, LreqAdam) else MOMENTS
+            expected = dict.fromkeys(moments, parameter.shape) | {"step": torch.Size()}
             if {key: value.shape for key, value in stored.items()} != expected:
                 got = ", ".join(f"{key} {tuple(value.shape)}" for key, value in stored.items())[:200]
                 raise UserError(
