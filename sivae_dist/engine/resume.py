@@ -14,7 +14,7 @@ from sivae_dist.errors import UserError
 from sivae_dist.models import Autoencoder
 
 # A resumed run must agree with its checkpoint in these: they fix what the weights mean and which sample comes when.
-FIXED = ("model", "train.seed", "data.split", "data.lanes", "data.window", "data.mirror")
+FIXED = ("model", "progressive", "train.seed", "data.split", "data.lanes", "data.window", "data.mirror")
 
 
 def find(run: RunFolder, resume_from: str, config: RunConfig) -> Snapshot | None:
@@ -42,11 +42,11 @@ def find(run: RunFolder, resume_from: str, config: RunConfig) -> Snapshot | None
     return saved
 
 
-def check_fits(stream: Stream, model: Autoencoder, saved: Snapshot | None) -> None:
+def check_fits(stream: Stream, sample_shape: tuple[int, ...], model: Autoencoder, saved: Snapshot | None) -> None:
     """Raises UserError when data and model, or data and checkpoint, do not belong together."""
-    if stream.sample_shape != model.sample_shape:
+    if stream.sample_shape != sample_shape:
         raise UserError(
-            f"the data have shape {_shape(stream.sample_shape)}, the model takes {_shape(model.sample_shape)}",
+            f"the data have shape {_shape(stream.sample_shape)}, the model takes {_shape(sample_shape)}",
             "pack the data at the model's resolution (sivae-dist data pack --resolution ...), or set model.image_size "
             "and model.channels_in to the data's",
         )
