@@ -15,6 +15,7 @@ import time
 from datetime import timedelta
 
 import torch.distributed as dist
+from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]
 
 STATUS = 2  # of every rank of a failed run
 _LOOK_EVERY_S = 1.0
@@ -87,13 +88,13 @@ def _key(name: str) -> str:
     return f"sivae_dist/failed/{attempt}/{name}"
 
 
-def _store() -> dist.Store | None:
+def _store() -> Store | None:
     """A connection of its own to the store the ranks met by; None where there is none (yet)."""
     from_launcher = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     if not (from_launcher or (dist.is_available() and dist.is_initialized())):
         return None
     try:
-        return dist.TCPStore(
+        return TCPStore(
             os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=_CONNECT,
             wait_for_workers=False,
         )  # fmt: skip
@@ -101,7 +102,7 @@ def _store() -> dist.Store | None:
         return None
 
 
-def _look(store: dist.Store) -> None:
+def _look(store: Store) -> None:
     while not _stop.wait(_LOOK_EVERY_S):
         try:
             failed = store.check([_key("any")])

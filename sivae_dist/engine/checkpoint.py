@@ -191,17 +191,17 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _check_state(path: Path, state: dict[str, Any]) -> None:
-    """Raises UserError when a field that every resume needs is not what it should be."""
-    for name, kind, low in (("nimg", int, 0), ("plan_salt", int, 0), ("sums", dict, None), ("data", str, None)):
-        value = state[name]
-        if not isinstance(value, kind) or isinstance(value, bool) or (low is not None and not low <= value < 1 << 62):
+    """Raises UserError when a field is not what every resume takes it for."""
+    kinds = {"nimg": int, "plan_salt": int, "sums": dict, "data": str, "config": dict, "metrics": dict}
+    for name, kind in kinds.items():
+        value = state[name] if name == "nimg" else state.get(name, kind())
+        out_of_range = isinstance(value, int) and not 0 <= value < 1 << 62
+        if not isinstance(value, kind) or isinstance(value, bool) or out_of_range:
             raise UserError(f"{path} has {name} = {value!r:.80}, expected {kind.__name__}", _RESTORE_ADVICE)
-    for tag, pair in state["sums"].items():  # a sum may be NaN or infinite, which reports then show
+    for tag, pair in state.get("sums", {}).items():  # a sum may be NaN or infinite, which reports then show
         numbers = isinstance(pair, list) and [type(v) for v in pair] in ([float, int], [int, int])
         if not numbers or abs(pair[1]) >= 1 << 62 or (type(pair[0]) is int and abs(pair[0]) >= 1 << 62):
             raise UserError(f"{path} has sums of {tag!r:.80} = {pair!r:.80}, expected sum and count", _RESTORE_ADVICE)
-    if not isinstance(state.get("config", {}), dict) or not isinstance(state.get("metrics", {}), dict):
-        raise UserError(f"{path} has a config or metrics that are no keys and values", _RESTORE_ADVICE)
 
 
 _RESTORE_ADVICE = "resume from another checkpoint of the run (--resume PATH), or start anew (--resume never)"

@@ -14,6 +14,7 @@ from sivae_dist.errors import UserError
 from sivae_dist.models import Autoencoder
 
 # A resumed run must agree with its checkpoint in these: they fix what the weights mean and which sample comes when.
+NEEDED = ("plan_salt", "sums", "data", "config")
 FIXED = ("model", "progressive", "train.seed", "data.split", "data.lanes", "data.window", "data.mirror")
 
 
@@ -30,6 +31,8 @@ def find(run: RunFolder, resume_from: str, config: RunConfig) -> Snapshot | None
     if path is None:
         return None
     saved = checkpoint.read(path)
+    if missing := [name for name in NEEDED if name not in saved.state]:
+        raise UserError(f"the checkpoint {path} has no {' and no '.join(missing)} to go on from", "resume from another")
     stored, wanted = saved.state.get("config", {}), to_dict(config)
     for key in FIXED:
         before, now = _get(stored, key), _get(wanted, key)

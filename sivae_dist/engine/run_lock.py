@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -61,10 +62,8 @@ class RunLock:
 
     def release(self) -> None:
         """Gives the folder back. The file stays: removing it would race with the next run."""
-        try:
+        with contextlib.suppress(OSError):
             self._file.close()
-        except OSError:
-            pass
 
 
 def _read(file: IO[str]) -> str:

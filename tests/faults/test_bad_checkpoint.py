@@ -98,7 +98,7 @@ def test_optimizer_state_that_does_not_fit(again) -> None:
         ({"sums": {"kl/real": ["x", 1]}}, "has sums of 'kl/real'"),
         ({"sums": {"kl/real": [1.0, 0.5]}}, "has sums of 'kl/real'"),
         ({"data": "another"}, "the data are not those"),
-        ({"config": 3}, "config or metrics"),
+        ({"config": 3}, "has config = 3"),
         ({"format": "two"}, "checkpoint format 'two'"),
     ],
 )

@@ -7,6 +7,10 @@ from pathlib import Path
 import pytest
 from commands import Runner, refused, write_config
 
+# A few bytes whose full text would fill the memory: nine lists of nine lists of nine lists ...
+LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x]\n"
+LAUGHS += "".join(f"{c}: &{c} [{f'*{b}, ' * 9}]\n" for b, c in zip("abcdefgh", "bcdefghi", strict=True))
+
 
 @pytest.mark.parametrize(
     ("text", "says"),
@@ -19,7 +23,6 @@ from commands import Runner, refused, write_config
         ("train: {batch: 10000000000000000000000}", "expected a whole number below 2^63"),
         ("train: {kimg: .inf}", "train.kimg is inf, expected a finite number"),
         ("optim: {encoder: {lr: .nan}}", "optim.encoder.lr is nan, expected a finite number"),
-        ("data: {workers: 100000}", "data.workers is 100000"),
         ("model: {name: [residual]}", "model.name is ['residual'], expected a name"),
         ("model: {name: '../residual'}", "'../residual', which is not known"),
         ("train: {batch: 2001-99-99}", "not valid YAML"),
@@ -30,10 +33,8 @@ from commands import Runner, refused, write_config
         ("train: &t {kimg: 1, batch: [*t]}", "train.batch is [{"),
         ("\x00", "not valid YAML"),
         (f"a: {'[' * 2000}", "nested too deeply"),
-        (
-            "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(f"{c}: &{c} [{f'*{b}, ' * 9}]\n" for b, c in zip("abcdefgh", "bcdefghi", strict=True)) + "train: {batch: *i}",
-            "no section 'a'",
-        ),
+        (f"{LAUGHS}train: {{batch: *i}}", "no section 'a'"),
+        (f"objective: {{\n{LAUGHS}beta_kl: *i}}".replace("]\n", "],\n"), "no key objective.a"),
         ("train: {batch: &b [&c [&d [1, 1, 1], *d, *d, *d], *c, *c, *c]}", "expected a whole number"),
     ],
 )  # fmt: skip
@@ -70,6 +71,7 @@ def test_unreadable_file(run: Runner, tmp_path: Path, make, says: str) -> None:
         (["--resume", "nowhere"], "cannot read the checkpoint nowhere"),
         (["--model.zdim", "99999999999"], "out of memory"),
         (["--data.lanes", "0"], "data.lanes is 0"),
+        (["--data.workers", "100000"], "data.workers is 100000, expected 0 to 512"),
     ],
 )
 def test_bad_option(run: Runner, config: Path, tmp_path: Path, options: list[str], says: str) -> None:

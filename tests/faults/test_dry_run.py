@@ -31,7 +31,7 @@ def number(pattern: str, text: str) -> float:
 
 
 def forward_flops(config: Path) -> tuple[float, float]:
-    """FLOPs of encoder and decoder, forwards, for one image; and those of the first layer alone. By the layers' sizes."""
+    """FLOPs of encoder and decoder, forwards, for one image, by the layers' sizes; and those of the first layer."""
     model = from_dict(read_yaml(config), "test").model.build()
     layers: list[float] = []
 

@@ -1,4 +1,4 @@
-"""A disk that fills up, on a real small file system: told, nothing finished is lost, and after making room it goes on."""
+"""A disk that fills up, a real small one: it is told, nothing finished is lost, and after making room it goes on."""
 
 from __future__ import annotations
 
@@ -101,9 +101,8 @@ def test_while_a_shard_is_written(inside: Runner, tmp_path: Path, workers: int) 
 def test_a_disk_that_may_not_be_written(inside: Runner, packed: Path, tmp_path: Path) -> None:
     config = write_config(tmp_path / "c.yaml", packed)
     disk = Disk(inside, tmp_path / "disk", "2m")
-    disk.shell(
-        f"cd {disk.path}; mkdir run run/{{tensorboard,samples,checkpoints,logs}}; mount -o remount,ro {disk.path}"
-    )
+    folders = "run run/{tensorboard,samples,checkpoints,logs}"
+    disk.shell(f"cd {disk.path}; mkdir {folders}; mount -o remount,ro {disk.path}")
     for name in ("new", "run"):
         refused(inside("train", "--config", config, "--out", disk.path / name), "Read-only file system", "--out")
     refused(inside("data", "pack", "scenes:4", disk.path / "out", "--resolution", 16), "Read-only file system")

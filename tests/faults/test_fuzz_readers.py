@@ -174,11 +174,8 @@ def test_tar_members(count: int, packed: Path, files: dict[str, bytes], tmp_path
 
 @pytest.fixture(scope="module")
 def saved(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return Path(
-        shutil.copytree(
-            trained / "checkpoints" / checkpoints(trained)[-1], tmp_path_factory.mktemp("c") / "nimg-000000060"
-        )
-    )
+    newest = trained / "checkpoints" / checkpoints(trained)[-1]
+    return Path(shutil.copytree(newest, tmp_path_factory.mktemp("copy") / newest.name))
 
 
 def read_checkpoint(folder: Path, name: str, data: bytes, *, sign: bool) -> None:

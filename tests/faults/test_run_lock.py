@@ -14,18 +14,8 @@ from commands import Runner, checkpoints, ended, refused, start, until
 @pytest.fixture
 def going(config: Path, tmp_path: Path):
     """A long run that has begun to train."""
-    command = [
-        "-m",
-        "sivae_dist",
-        "train",
-        "--config",
-        str(config),
-        "--out",
-        str(tmp_path / "run"),
-        "--train.kimg",
-        "500",
-    ]
-    process: subprocess.Popen[str] = start(*command)
+    options = ["--config", str(config), "--out", str(tmp_path / "run"), "--train.kimg", "500"]
+    process: subprocess.Popen[str] = start("-m", "sivae_dist", "train", *options)
     until(lambda: checkpoints(tmp_path / "run") or process.poll() is not None)
     assert process.poll() is None, ended(process)
     yield process, tmp_path / "run"
@@ -44,9 +34,8 @@ def test_the_second_is_refused_and_the_first_goes_on(run: Runner, config: Path, 
     # A kill gives the lock back at once, although the data workers of the first may live a moment longer.
     process.send_signal(signal.SIGKILL)
     process.wait()
-    done = run(
-        "train", "--config", config, "--out", folder, "--resume", folder / "checkpoints" / checkpoints(folder)[-1]
-    )
+    newest = folder / "checkpoints" / checkpoints(folder)[-1]
+    done = run("train", "--config", config, "--out", folder, "--resume", newest)
     assert done.status == 0, done
 
 

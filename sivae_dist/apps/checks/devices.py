@@ -59,6 +59,7 @@ def groups() -> list[Check]:
     """A real gloo group of one process, NCCL's presence, and network interfaces named in the environment."""
     import torch  # noqa: PLC0415
     import torch.distributed as dist  # noqa: PLC0415
+    from torch.distributed import HashStore  # type: ignore[attr-defined]  # noqa: PLC0415
 
     found = []
     names = {name for _, name in socket.if_nameindex()}
@@ -75,7 +76,7 @@ def groups() -> list[Check]:
     def gloo() -> list[Check]:
         try:
             dist.init_process_group(
-                "gloo", store=dist.HashStore(), rank=0, world_size=1, timeout=timedelta(seconds=_GROUP_S / 2)
+                "gloo", store=HashStore(), rank=0, world_size=1, timeout=timedelta(seconds=_GROUP_S / 2)
             )
             value = torch.ones(4)
             dist.all_reduce(value)
@@ -86,7 +87,7 @@ def groups() -> list[Check]:
 
     found += within(_GROUP_S, gloo, "gloo", hung)
     if torch.cuda.is_available() and dist.is_nccl_available():
-        version = ".".join(map(str, torch.cuda.nccl.version()))
+        version = ".".join(map(str, torch.cuda.nccl.version()))  # type: ignore[no-untyped-call]
         found.append(ok("nccl", version))
     elif torch.cuda.is_available():
         found.append(problem("nccl", "this torch has none, several GPUs cannot work together", "install another torch"))
