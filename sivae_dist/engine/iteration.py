@@ -27,7 +27,7 @@ from sivae_dist.engine.loss_scale import LossScales
 from sivae_dist.engine.precision import Drawing, Precision
 from sivae_dist.engine.tally import Tally, add_shares
 from sivae_dist.models import Autoencoder, DecoderDraws
-from sivae_dist.objectives import Draws, Objective, Phase, Terms
+from sivae_dist.objectives import Draws, Objective, Phase, Players, Terms
 
 Noise = Callable[[str], Tensor]
 Observer = Callable[[Phase, Terms], None]
@@ -101,8 +101,9 @@ class Iteration:
             tally, scale = Tally(), self.scales.of(phase.trains)
             with statistics_only_of(self.model, phase.statistics):
                 for micro, carry in zip(micro_batches, carries, strict=True):
-                    draws = drawing or self._drawing(micro, nimg)
-                    terms = self._terms(phase, micro, carry, noise, draws, tally)
+                    draws = Draws(noise or self._noise(micro), self.strategy.group.mean)
+                    players = self._players(micro, drawing or self._drawing(micro, nimg), tally)
+                    terms = phase.loss(players, micro.x, draws, carry)
                     self.strategy.backward(terms.loss.sum() / global_batch * scale)
                     carry.update(terms.carry)
                     tally.add(terms)
@@ -121,19 +122,9 @@ class Iteration:
             add_shares(report.shares, tally.shares(global_batch, len(micro_batches)))
         return report
 
-    def _terms(
-        self,
-        phase: Phase,
-        micro: Batch,
-        carry: dict[str, Tensor],
-        noise: Noise | None,
-        drawing: Drawing,
-        tally: Tally,
-    ) -> Terms:
+    def _players(self, micro: Batch, drawing: Drawing, tally: Tally) -> Players:
         condition = one_hot(micro.label, self.model.condition_dim, micro.x)
-        players = self.precision.players(self.model, condition, tally.watch, drawing=drawing)
-        draws = Draws(noise or self._noise(micro), self.strategy.group.mean)
-        return phase.loss(players, micro.x, draws, carry)
+        return self.precision.players(self.model, condition, drawing=drawing, watch=tally.watch)
 
     def _noise(self, micro: Batch) -> Noise:
         """Draws keyed by (seed, salt, name, position): the same for any number of ranks and after any restart."""

@@ -75,14 +75,14 @@ class Precision:
         self,
         model: Autoencoder,
         condition: Tensor | None = None,
-        watch: Callable[[Posterior], None] | None = None,
         *,
         drawing: Drawing | None = None,
+        watch: Callable[[Posterior], None] | None = None,
     ) -> Players:
         """The model's networks as objectives see them: autocast inside, float32 (or float64) outside.
 
-        watch:   is shown every posterior on its way out.
         drawing: where a stochastic decoder's randomness comes from; None decodes without any.
+        watch: is shown every posterior on its way out.
         """
 
         def encoder(x: Tensor) -> Posterior:
