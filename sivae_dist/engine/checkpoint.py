@@ -81,7 +81,7 @@ def restore(saved: Snapshot, model: nn.Module, ema: nn.Module, optimizers: dict[
             if not stored:  # it was never stepped
                 optimizer.state.pop(parameter, None)
                 continue
-            expected = dict.fromkeys(MOMENTS, parameter.shape) | {"step": torch.Size()}
+            expected = dict.fromkeys(_moments(optimizer), parameter.shape) | {"step": torch.Size()}
             if {key: value.shape for key, value in stored.items()} != expected:
                 got = ", ".join(f"{key} {tuple(value.shape)}" for key, value in stored.items())[:200]
                 raise UserError(
@@ -92,6 +92,12 @@ def restore(saved: Snapshot, model: nn.Module, ema: nn.Module, optimizers: dict[
                 key: torch.empty_like(parameter).copy_(value) if key in MOMENTS else value.float()
                 for key, value in stored.items()
             }
+
+
+def _moments(optimizer: Optimizer) -> tuple[str, ...]:
+    """Names of the state tensors that have a parameter's shape: Adam's, unless the optimizer says otherwise."""
+    moments: tuple[str, ...] = getattr(optimizer, "moments", MOMENTS)
+    return moments
 
 
 def load_weights(module: nn.Module, tensors: dict[str, Tensor], what: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from sivae_dist.config import RunConfig, to_dict
+from sivae_dist.config import RunConfig, from_dict, to_dict
 from sivae_dist.data import Stream
 from sivae_dist.engine import checkpoint
 from sivae_dist.engine.checkpoint import Snapshot
@@ -33,7 +33,7 @@ def find(run: RunFolder, resume_from: str, config: RunConfig) -> Snapshot | None
     saved = checkpoint.read(path)
     if missing := [name for name in NEEDED if name not in saved.state]:
         raise UserError(f"the checkpoint {path} has no {' and no '.join(missing)} to go on from", "resume from another")
-    stored, wanted = saved.state.get("config", {}), to_dict(config)
+    stored, wanted = _complete(saved.state["config"], str(path)), to_dict(config)
     for key in FIXED:
         before, now = _get(stored, key), _get(wanted, key)
         if before != now:
@@ -64,6 +64,14 @@ def check_fits(stream: Stream, sample_shape: tuple[int, ...], model: Autoencoder
             "the data are not those the checkpoint was trained on (the manifests' hashes differ)",
             "point data.url at the same shards, or start a new run with another --out",
         )
+
+
+def _complete(stored: dict[str, Any], source: str) -> dict[str, Any]:
+    """A stored configuration with today's defaults for what did not exist when it was written."""
+    try:
+        return to_dict(from_dict(stored, source))
+    except UserError:  # it has what no longer exists: then compare what is there
+        return stored
 
 
 def _get(values: dict[str, Any], dotted: str) -> Any:
