@@ -81,7 +81,9 @@ def restore(saved: Snapshot, model: nn.Module, ema: nn.Module, optimizers: dict[
             if not stored:  # it was never stepped
                 optimizer.state.pop(parameter, None)
                 continue
-            expected = dict.fromkeys(MOMENTS, parameter.shape) | {"step": torch.Size()}
+            # Optimizers of ours name their moments; torch's Adam has both.
+            moments = getattr(optimizer, "moments", MOMENTS)
+            expected = dict.fromkeys(moments, parameter.shape) | {"step": torch.Size()}
             if {key: value.shape for key, value in stored.items()} != expected:
                 got = ", ".join(f"{key} {tuple(value.shape)}" for key, value in stored.items())[:200]
                 raise UserError(
@@ -89,7 +91,7 @@ def restore(saved: Snapshot, model: nn.Module, ema: nn.Module, optimizers: dict[
                 )
             optimizer.state[parameter] = {
                 # Moments lie in memory as their parameter does; the step count stays on the host, where Adam keeps it.
-                key: torch.empty_like(parameter).copy_(value) if key in MOMENTS else value.float()
+                key: torch.empty_like(parameter).copy_(value) if key in moments else value.float()
                 for key, value in stored.items()
             }
 
