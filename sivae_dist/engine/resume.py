@@ -58,8 +58,8 @@ def check_fits(stream: Stream, sample_shape: tuple[int, ...], model: Autoencoder
             f"model.condition_dim is {model.condition_dim}, the data have {stream.classes} classes",
             "set model.condition_dim to the number of classes (`sivae-dist data info` shows it), or to 0",
         )
-    # An imported checkpoint names no data: the first run that goes on from it may bring its own.
-    if saved is not None and saved.state["data"] is not None and saved.state["data"] != stream.fingerprint:
+    # An imported checkpoint names no data (""): the first run that goes on from it may bring its own.
+    if saved is not None and saved.state["data"] not in ("", stream.fingerprint):
         raise UserError(
             "the data are not those the checkpoint was trained on (the manifests' hashes differ)",
             "point data.url at the same shards, or start a new run with another --out",
