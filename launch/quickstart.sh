@@ -5,7 +5,7 @@ root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 # shellcheck source=launch/setup.sh
 . "$root/launch/setup.sh"
 
-out="runs/quickstart" resolution=64 count=4096
+out="runs/quickstart" resolution=32 count=4096
 
 usage() {
     cat <<EOF

@@ -7,6 +7,8 @@ A YAML file holds only differences from the defaults, with at most one `base:` f
 from __future__ import annotations
 
 import dataclasses
+import math
+import reprlib
 import types
 import typing
 from dataclasses import dataclass, field
@@ -24,12 +26,16 @@ from sivae_dist.engine.evaluate import EvalConfig
 from sivae_dist.engine.guard import GuardConfig
 from sivae_dist.engine.optim import OptimConfig
 from sivae_dist.engine.precision import PrecisionConfig
+from sivae_dist.engine.progressive import GrowthConfig
 from sivae_dist.engine.schedule import TrainConfig
 from sivae_dist.engine.tracking import TrackingConfig
 from sivae_dist.errors import UserError, nearest
 from sivae_dist.models import ModelConfig
 from sivae_dist.objectives import ObjectiveConfig
 from sivae_dist.registry import component
+
+MAX_BYTES = 1 << 20  # of a config file
+LARGEST = 1 << 63  # no setting is a whole number of this size; what computes with them uses 64 bits
 
 # Sections whose class depends on their `name`: package, base class, default name.
 NAMED: dict[str, tuple[str, type, str]] = {
@@ -50,6 +56,7 @@ class RunConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    progressive: GrowthConfig = field(default_factory=GrowthConfig)
     ema: EmaConfig = field(default_factory=EmaConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
     controller: ControllerConfig = field(default_factory=ControllerConfig)
@@ -57,24 +64,34 @@ class RunConfig:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
 
+    def __post_init__(self) -> None:
+        if self.progressive.enabled and self.controller.enabled:
+            raise UserError(
+                "progressive.enabled and controller.enabled are both True, and both would set objective.beta_neg",
+                "switch one of them off",
+            )
+
 
 def from_dict(values: dict[str, Any], source: str) -> RunConfig:
     """A RunConfig from nested plain values (as YAML gives them).
 
     source: where the values come from, for messages. Raises UserError naming the key, the value and what was expected.
     """
-    unknown = values.keys() - {f.name for f in dataclasses.fields(RunConfig)}
-    for key in sorted(unknown):
-        names = (f.name for f in dataclasses.fields(RunConfig))
-        raise UserError(f"{source}: there is no section {key!r}", nearest(str(key), names))
+    names = [f.name for f in dataclasses.fields(RunConfig)]
+    if not isinstance(values, dict):
+        raise _wrong(source, "the configuration", values, "sections with keys")
+    for key in values:
+        if key not in names:
+            raise UserError(f"{source}: there is no section {_short(key)}", nearest(_text(key), names))
     sections: dict[str, Any] = {}
     for section in dataclasses.fields(RunConfig):
-        given = values.get(section.name) or {}
+        given = values.get(section.name)
+        given = {} if given is None else given
         if section.name in NAMED:
             package, base, default = NAMED[section.name]
             if not isinstance(given, dict):
                 raise _wrong(source, section.name, given, "keys and values")
-            cls = component(package, base, str(given.get("name", default)), kind=section.name)
+            cls = component(package, base, _name(source, section.name, given, default), kind=section.name)
         else:
             cls = typing.get_type_hints(RunConfig)[section.name]
         sections[section.name] = _convert(given, cls, section.name, source)
@@ -100,15 +117,26 @@ def to_yaml(config: RunConfig) -> str:
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """A YAML file's values, laid over those of its `base:` file if it names one (relative to itself)."""
+    try:
+        return _with_base(path)
+    except RecursionError:  # aliases can make a value that contains itself
+        raise UserError(f"{path} is nested too deeply", "a config has sections and keys, two levels") from None
+
+
+def _with_base(path: Path) -> dict[str, Any]:
     values = _load(path)
     base = values.pop("base", None)
     if base is None:
         return values
-    base_path = path.parent / str(base)
+    if not isinstance(base, str) or "\0" in base:
+        raise _wrong(str(path), "base", base, "the name of a file beside it")
+    base_path = path.parent / base
+    if base_path.exists() and not base_path.is_file():  # reading a pipe or a device would never end
+        raise UserError(f"{path}: its base {base_path} is no file", "name a YAML file beside it")
     below = _load(base_path)
     if "base" in below:
         raise UserError(
-            f"{path}: its base {base_path} has a base itself ({below['base']!r}); one level is allowed",
+            f"{path}: its base {base_path} has a base itself ({_short(below['base'])}); one level is allowed",
             "write the differences into one file",
         )
     return merge(below, values)
@@ -128,7 +156,11 @@ def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 
 def _load(path: Path) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        with open(path, "rb") as file:
+            data = file.read(MAX_BYTES + 1)
+        if len(data) > MAX_BYTES:
+            raise UserError(f"the config file {path} has more than {MAX_BYTES} bytes", "a config holds a few settings")
+        values = yaml.safe_load(data.decode("utf-8-sig"))
     except FileNotFoundError:
         raise UserError(
             f"there is no config file {path}", "give a YAML file, for example configs/quickstart.yaml"
@@ -141,6 +173,9 @@ def _load(path: Path) -> dict[str, Any]:
         ) from error
     except RecursionError:
         raise UserError(f"{path} is nested too deeply", "a config has sections and keys, two levels") from None
+    except (ValueError, TypeError, LookupError, ArithmeticError, AttributeError) as error:
+        # What the library lets through for values such as the date 2001-99-99 or `!!bool maybe`.
+        raise UserError(f"{path} holds a value that is not valid YAML: {error}"[:500], "write it in quotes") from None
     if values is None:
         return {}
     if not isinstance(values, dict):
@@ -164,7 +199,11 @@ def _convert(value: Any, wanted: Any, where: str, source: str) -> Any:
         if value in arguments:
             return value
         raise _wrong(
-            source, where, value, f"one of {', '.join(map(str, arguments))}", nearest(str(value), map(str, arguments))
+            source,
+            where,
+            value,
+            f"one of {', '.join(map(str, arguments))}",
+            nearest(_short(value), map(str, arguments)),
         )
     elif origin is tuple:
         items = value if isinstance(value, list | tuple) else [value]
@@ -172,14 +211,22 @@ def _convert(value: Any, wanted: Any, where: str, source: str) -> Any:
             return tuple(_convert(item, arguments[0], where, source) for item in items)
         if len(items) == len(arguments):
             return tuple(_convert(i, a, where, source) for i, a in zip(items, arguments, strict=True))
-    elif wanted is float and not isinstance(value, bool):
+    elif wanted is float and isinstance(value, int | float | str) and not isinstance(value, bool):
         try:
-            return float(value)  # YAML reads 1e-8 as a string
-        except (TypeError, ValueError):
+            number = float(value)  # YAML reads 1e-8 as a string
+            if math.isfinite(number):
+                return number
+            raise _wrong(source, where, value, "a finite number")
+        except (ValueError, OverflowError):
             pass
-    elif (wanted is int and isinstance(value, int) and not isinstance(value, bool)) or (
-        wanted in {bool, str} and isinstance(value, wanted)
-    ):
+    elif wanted is int and isinstance(value, int) and not isinstance(value, bool):
+        if abs(value) < LARGEST:
+            return value
+        raise _wrong(source, where, value, "a whole number below 2^63")
+    elif wanted is str and isinstance(value, str):
+        if "\0" not in value:  # no name of a file or a component holds one
+            return value
+    elif wanted is bool and isinstance(value, bool):
         return value
     raise _wrong(source, where, value, _describe(wanted))
 
@@ -191,12 +238,34 @@ def _convert_dataclass(value: Any, wanted: type, where: str, source: str) -> Any
     names = [f.name for f in dataclasses.fields(wanted)]
     for key in value:
         if key not in names:
-            raise UserError(f"{source}: there is no key {where}.{key}", nearest(str(key), names))
+            raise UserError(f"{source}: there is no key {where}.{_text(key)}", nearest(_text(key), names))
     return wanted(**{key: _convert(item, hints[key], f"{where}.{key}", source) for key, item in value.items()})
 
 
 def _wrong(source: str, where: str, value: Any, expected: str, fix: str = "") -> UserError:
-    return UserError(f"{source}: {where} is {value!r}, expected {expected}", fix or "correct the value")
+    return UserError(f"{source}: {where} is {_short(value)}, expected {expected}", fix or "correct the value")
+
+
+def _short(value: Any) -> str:
+    """`repr` of bounded length and depth: YAML aliases make values whose whole text would fill the memory."""
+    text = reprlib.Repr()
+    text.maxlevel, text.maxstring, text.maxother = 2, 100, 100
+    try:
+        return text.repr(value)
+    except ValueError:  # Python refuses to print very long whole numbers
+        return f"a {type(value).__name__} of many digits"
+
+
+def _text(key: Any) -> str:
+    """A key in a message, in bounded length."""
+    return key[:100] if isinstance(key, str) else _short(key)
+
+
+def _name(source: str, section: str, given: dict[str, Any], default: str) -> str:
+    name = given.get("name", default)
+    if not isinstance(name, str) or len(name) > 100:
+        raise _wrong(source, f"{section}.name", name, "a name")
+    return name
 
 
 def _describe(wanted: Any) -> str:

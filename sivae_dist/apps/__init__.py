@@ -1,1 +1,1 @@
-"""Applications: what people do with data and trained models beyond training itself."""
+"""What is built from the other rooms for people: looking at a machine, at data, and at what a model has learnt."""

@@ -8,6 +8,11 @@ from collections.abc import Callable
 from sivae_dist.cli.errors import guarded
 from sivae_dist.errors import UserError, nearest
 
+_APART = {
+    "train": "Train a model; the same command again resumes the run.",
+    "doctor": "Look at the machine, the installation and your data for what would stop a run.",
+}
+
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point of the console script."""
@@ -16,9 +21,11 @@ def main(arguments: list[str] | None = None) -> None:
 
 def commands() -> dict[str, Callable[..., object]]:
     """All commands by name; a typed function each, whose signature is its command line."""
-    from sivae_dist.cli import data, evaluate, scenes, suggest  # noqa: PLC0415 (imports of one command must not cost another)
+    # Here and below: the imports of one command must not cost another.
+    from sivae_dist.cli import data, evaluate, import_published, scenes, suggest  # noqa: PLC0415
 
-    return {**data.COMMANDS, **scenes.COMMANDS, **evaluate.COMMANDS, **suggest.COMMANDS}
+    parts = (data, scenes, evaluate, suggest, import_published)
+    return {name: command for part in parts for name, command in part.COMMANDS.items()}
 
 
 def _run(arguments: list[str]) -> None:
@@ -26,6 +33,11 @@ def _run(arguments: list[str]) -> None:
         from sivae_dist.cli import train  # noqa: PLC0415
 
         train.run(arguments[1:])
+        return
+    if arguments[:1] == ["doctor"]:  # apart from the others: it must run where hardly anything else can
+        from sivae_dist.cli import doctor  # noqa: PLC0415
+
+        doctor.run(arguments[1:])
         return
     if arguments[:1] == ["--version"]:
         from sivae_dist import __version__  # noqa: PLC0415
@@ -44,13 +56,12 @@ def _run(arguments: list[str]) -> None:
         print(_overview(known))
         return
     raise UserError(
-        f"there is no command {' '.join(arguments[:2])!r}", nearest(" ".join(arguments[:2]), ["train", *known])
+        f"there is no command {' '.join(arguments[:2])!r}", nearest(" ".join(arguments[:2]), [*_APART, *known])
     )
 
 
 def _overview(known: dict[str, Callable[..., object]]) -> str:
-    rows = {"train": "Train a model; the same command again resumes the run."}
-    rows |= {name: (function.__doc__ or "").strip().splitlines()[0] for name, function in known.items()}
+    rows = _APART | {name: (function.__doc__ or "").strip().splitlines()[0] for name, function in known.items()}
     width = max(map(len, rows)) + 2
     lines = [f"  {name:<{width}}{text}" for name, text in rows.items()]
     return "usage: sivae-dist COMMAND [options]     (--help after a command tells its options)\n\n" + "\n".join(lines)

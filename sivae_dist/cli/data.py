@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
+from sivae_dist.cli.errors import interrupts_raise
 from sivae_dist.data.pack import pack as pack_source
 from sivae_dist.data.pack_shard import PackOptions
 from sivae_dist.data.shard_read import load_manifest
@@ -57,6 +58,7 @@ def pack(
         name: Name of the data set; by default that of the source folder.
         license: Licence of the pictures, for the record.
     """
+    interrupts_raise()  # workers are stopped and unfinished files removed
     options = PackOptions(
         resolution=resolution,
         format=format,
@@ -104,15 +106,16 @@ def info(path: str, /) -> None:
     """
     manifest = load_manifest(open_store(path))
     kind = "RGB" if manifest.channels == 3 else "grey"
-    print(f"{manifest.name}: {manifest.resolution}x{manifest.resolution} {kind}, {manifest.image_format}")
-    print(f"licence      {manifest.license}")
+    print(f"{_plain(manifest.name)}: {manifest.resolution}x{manifest.resolution} {kind}, {manifest.image_format}")
+    print(f"licence      {_plain(manifest.license)}")
     for name, split in manifest.splits().items():
         mean = split["bytes"] / max(1, split["samples"]) / 1000
         size = f"{split['bytes'] / 1e9:.3f} GB, {mean:.1f} kB a sample"
         print(f"{name:<12} {split['samples']} samples in {split['shards']} shards, {size}")
     if manifest.classes:
-        print(f"classes      {manifest.classes}  {', '.join(manifest.class_names[:_SHOWN])}")
-    print(f"packed with  {', '.join(f'{k}={v}' for k, v in manifest.packing.items() if k != 'items_sha256')}")
+        print(f"classes      {manifest.classes}  {_plain(', '.join(manifest.class_names[:_SHOWN]))}")
+    packing = ", ".join(f"{k}={v}" for k, v in manifest.packing.items() if k != "items_sha256")
+    print(f"packed with  {_plain(packing)}")
     print(f"fingerprint  {manifest.fingerprint}")
 
 
@@ -134,9 +137,14 @@ def verify(path: str, /, *, workers: int | None = None) -> None:
         )
 
 
+def _plain(text: str) -> str:
+    """A stranger's text for the terminal: bounded, and without the control characters that would steer it."""
+    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text[:1000])
+
+
 def _print_some(lines: list[str], limit: int) -> None:
     for line in lines[:limit]:
-        print(f"  {line}")
+        print(f"  {_plain(line)}")
     if len(lines) > limit:
         print(f"  and {len(lines) - limit} more")
 

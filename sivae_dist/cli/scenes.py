@@ -34,10 +34,12 @@ def scenes(
         shard_size: A number of samples (1000), a size (256MB), or auto: 1,024 samples or 256 MB, whichever is less.
         workers: Processes; by default one per core. The result does not depend on it.
     """
+    from sivae_dist.cli.errors import interrupts_raise  # noqa: PLC0415
     from sivae_dist.data.pack import pack  # noqa: PLC0415 (keeps --help quick)
     from sivae_dist.data.pack_shard import PackOptions  # noqa: PLC0415
     from sivae_dist.data.sources.scenes import ScenesSource  # noqa: PLC0415
 
+    interrupts_raise()  # workers are stopped and unfinished files removed
     source = ScenesSource(count, seed=seed, val_count=val_count)
     options = PackOptions(resolution=resolution, format=format, shard_size=shard_size, seed=seed)
     report = pack(source, dst, options, workers=workers)

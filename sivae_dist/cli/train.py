@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
 from sivae_dist.cli.errors import guarded
-from sivae_dist.config import NAMED, RunConfig, from_dict, merge, read_yaml, to_yaml
+from sivae_dist.config import NAMED, RunConfig, from_dict, merge, read_yaml, to_dict, to_yaml
 
 PROG = "sivae-dist train"
 
@@ -22,6 +23,7 @@ class TrainCommand:
     Under several processes: accelerate launch [flags] -m sivae_dist.train --config ... (same options).
     """
 
+    # Settings take their value in words (True, False); only the switches below are switches.
     run: Annotated[RunConfig, tyro.conf.arg(name=""), tyro.conf.FlagConversionOff]
     config: str | None = None
     """YAML file with this run's differences from the defaults (see configs/)."""
@@ -32,6 +34,9 @@ class TrainCommand:
     PATH: go on from that checkpoint."""
     print_config: bool = False
     """Print the resolved configuration as YAML and stop."""
+    dry_run: bool = False
+    """Build everything, do one step of each phase on real data, print sizes, times and the plan of the run, and stop.
+    Writes nothing."""
 
 
 def parse(arguments: list[str]) -> TrainCommand:
@@ -45,11 +50,17 @@ def parse(arguments: list[str]) -> TrainCommand:
     names = {section: {"name": name} for section in NAMED if (name := _option(arguments, f"--{section}.name"))}
     run = from_dict(merge(values, names), path or "the command line")
     default = TrainCommand(run, config=path)
-    markers = (tyro.conf.FlagCreatePairsOff, tyro.conf.AvoidSubcommands)
     command: TrainCommand = tyro.cli(
-        TrainCommand, prog=PROG, args=arguments, default=default, config=markers, use_underscores=True
+        TrainCommand,
+        prog=PROG,
+        args=arguments,
+        default=default,
+        config=(tyro.conf.FlagCreatePairsOff, tyro.conf.AvoidSubcommands),
+        use_underscores=True,
+        console_outputs=os.environ.get("RANK", "0") == "0",  # all ranks have the same options: one of them tells
     )
-    return command
+    # Once more through the checks of values from files: numbers must be finite and of bounded size here, too.
+    return replace(command, run=from_dict(to_dict(command.run), "the command line"))
 
 
 def _option(arguments: list[str], name: str) -> str | None:
@@ -72,7 +83,7 @@ def run(arguments: list[str]) -> None:
     from sivae_dist.engine.trainer import train  # noqa: PLC0415 (--help and --print-config stay quick)
 
     out = command.out or f"runs/{Path(command.config).stem if command.config else command.run.model.name}"
-    train(command.run, out, command.resume)
+    train(command.run, out, command.resume, dry_run=command.dry_run)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -108,7 +108,7 @@ class Manifest:
             raise UserError(f"{where} is no manifest of sivae shards", "make one with `sivae-dist data pack`")
         if raw.get("version") != VERSION:
             raise UserError(
-                f"{where} has format version {raw.get('version')!r}, this program reads version {VERSION}",
+                f"{where} has format version {raw.get('version')!r:.80}, this program reads version {VERSION}",
                 "update sivae-dist, or pack the data set again with this version",
             )
         check = _Checker(where)

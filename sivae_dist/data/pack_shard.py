@@ -130,10 +130,11 @@ def pack_shard(
     task: ShardTask, tick: Tick, *, source: Source, options: PackOptions, items: Path, folder: Path, aside: Path
 ) -> ShardDone:
     """Makes one shard; `tick` is called once a picture. Pictures that cannot be read are skipped and noted."""
-    writer = ShardWriter(folder, task.name, task.split, aside)
+    writer: ShardWriter | None = None
     skipped: list[tuple[str, str]] = []
     enlarged = 0
     try:
+        writer = ShardWriter(folder, task.name, task.split, aside)
         for item in read_items(items, task.offsets):
             tick()
             picture = _try(source, item, options)
@@ -143,14 +144,16 @@ def pack_shard(
             writer.add(item.key, options.format, picture[0], item.label, item.meta)
             enlarged += picture[1]
         info = writer.finish()
-    except OSError as error:
-        writer.abort()
-        raise UserError(f"{folder / task.name}.tar cannot be written: {error.strerror}", "free some space") from None
-    except BaseException:
-        writer.abort()
+        done = ShardDone(info, tuple(skipped), enlarged)
+        done.save(aside / f"{task.name}.done")
+    except BaseException as error:
+        if writer is not None:
+            writer.abort()
+        if isinstance(error, OSError):
+            what = f"{folder / task.name}.tar cannot be written: {error.strerror}"
+            fix = "make room (or mend the disk) and run the same command again: finished shards are kept"
+            raise UserError(what, fix) from None
         raise
-    done = ShardDone(info, tuple(skipped), enlarged)
-    done.save(aside / f"{task.name}.done")
     return done
 
 

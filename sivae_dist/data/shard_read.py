@@ -78,12 +78,12 @@ def load_index(store: Store, shard: ShardInfo, classes: int) -> Index:
         raise UserError(f"{where} is no valid index", _REMEDY)
     if head.get("version") != INDEX_VERSION:
         raise UserError(
-            f"{where} has format version {head.get('version')!r}, this program reads version {INDEX_VERSION}",
+            f"{where} has format version {head.get('version')!r:.80}, this program reads version {INDEX_VERSION}",
             "update sivae-dist, or pack the data set again with this version",
         )
     if len(rows) != shard.count or head.get("bytes") != shard.bytes:
         raise UserError(
-            f"{where} lists {len(rows)} samples of a tar of {head.get('bytes')!r} bytes; the manifest says "
+            f"{where} lists {len(rows)} samples of a tar of {head.get('bytes')!r:.80} bytes; the manifest says "
             f"{shard.count} of {shard.bytes}",
             _REMEDY,
         )

@@ -5,6 +5,7 @@ The bytes depend on the samples only: times, owners and modes are fixed, members
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -76,7 +77,8 @@ class ShardWriter:
 
     def abort(self) -> None:
         """Drops what was written."""
-        self._file.close()
+        with contextlib.suppress(OSError):  # what is still buffered does not fit on a full disk either
+            self._file.close()
         for path in self._paths:
             path.unlink(missing_ok=True)
 

@@ -34,10 +34,10 @@ class Group:
         return tensor
 
     def mean(self, per_sample: Tensor) -> Tensor:
-        """Mean of a (B,) tensor over all samples of all ranks (B may differ by rank), detached scalar."""
-        total = torch.stack([per_sample.detach().sum(), per_sample.new_tensor(float(len(per_sample)))])
-        total = self.sum_(total)
-        return total[0] / total[1]
+        """Mean of a (B, ...) tensor over all samples of all ranks (B may differ by rank), detached, of shape (...)."""
+        sums = per_sample.detach().sum(0)
+        total = self.sum_(torch.cat([sums.reshape(-1), per_sample.new_tensor([float(len(per_sample))])]))
+        return (total[:-1] / total[-1]).reshape(sums.shape)
 
     def gather(self, tensor: Tensor) -> list[Tensor]:
         """This tensor from every rank, in rank order; the first dimension may differ by rank."""

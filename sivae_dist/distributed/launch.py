@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 
+from sivae_dist.distributed import failure
 from sivae_dist.distributed.group import Group
 from sivae_dist.errors import UserError
 
@@ -56,6 +57,7 @@ class Launch:
         """Waits for all ranks, then leaves the group: leaving without the barrier aborts some processes at exit."""
         if self.group.ranks > 1:
             self.accelerator.wait_for_everyone()
+        failure.unwatch()
         if self.accelerator is not None:
             self.accelerator.end_training()
 
@@ -66,7 +68,7 @@ def start(config: DistributedConfig) -> Launch:
     Raises UserError when accelerate is needed but missing, asks for a strategy that is not there, or the number of
     ranks is not the one asked for (`accelerate launch --cpu --num_processes 2` starts one process without a word).
     """
-    world = int(os.environ.get("WORLD_SIZE", "1"))
+    world = _world()
     cpu = not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in {"1", "true", "yes"}
     try:
         from accelerate import Accelerator  # noqa: PLC0415 (a run of one process does without it)
@@ -85,12 +87,49 @@ def start(config: DistributedConfig) -> Launch:
                 "use launch/accelerate/ddp-multinode.yaml, or run `accelerate config` without it",
             )
     handlers = [InitProcessGroupKwargs(timeout=timedelta(seconds=config.timeout_s))]
-    accelerator = Accelerator(cpu=cpu, kwargs_handlers=handlers, mixed_precision="no")
+    try:
+        accelerator = Accelerator(cpu=cpu, kwargs_handlers=handlers, mixed_precision="no")
+    except Exception as error:  # settings of the launcher reach it unchecked, through ACCELERATE_* variables
+        raise _not_started(error, world) from error
+    failure.watch()
     group = Group(accelerator.process_index, accelerator.num_processes)
     _check_ranks(config, group.ranks)
     if group.ranks != world:
         raise UserError(f"the launcher announced {world} processes, but {group.ranks} joined", "see `accelerate env`")
     return Launch(group, accelerator.device, accelerator)
+
+
+def _world() -> int:
+    """The number of processes the launcher announces. Raises UserError for variables that make no group."""
+    numbers = {}
+    for name, default in (("WORLD_SIZE", "1"), ("RANK", "0"), ("LOCAL_RANK", "0")):
+        text = os.environ.get(name, default)
+        if not text.isdecimal():
+            raise UserError(
+                f"the environment variable {name} is {text!r}, expected a whole number",
+                "it is set by the launcher: start with `accelerate launch`, or unset it for one process",
+            )
+        numbers[name] = int(text)
+    if numbers["RANK"] >= numbers["WORLD_SIZE"]:
+        raise UserError(
+            f"RANK is {numbers['RANK']} and WORLD_SIZE {numbers['WORLD_SIZE']}, expected ranks below the world's size",
+            "both are set by the launcher: start with `accelerate launch`, or unset them for one process",
+        )
+    return numbers["WORLD_SIZE"]
+
+
+def _not_started(error: Exception, world: int) -> UserError:
+    text = " ".join(str(error).split())[:400] or type(error).__name__
+    if world > 1:
+        address = f"{os.environ.get('MASTER_ADDR', '(unset)')}:{os.environ.get('MASTER_PORT', '(unset)')}"
+        fix = "check that every machine names the same main_process_ip and a port that is free there and open to others"
+        return UserError(f"{world} processes could not meet at MASTER_ADDR:MASTER_PORT = {address}: {text}", fix)
+    given = sorted(name for name in os.environ if name.startswith("ACCELERATE_"))
+    return UserError(
+        f"accelerate could not start: {text}",
+        f"correct the accelerate config or these variables: {', '.join(given) or '(none is set)'}; "
+        "`sivae-dist doctor --accelerate-config FILE` looks at a config",
+    )
 
 
 def _check_ranks(config: DistributedConfig, ranks: int) -> None:

@@ -72,9 +72,7 @@ class Replicated:
         parameters = list(self.players[name].parameters())
         parts: list[Tensor] = []
         if self.group.ranks > 1:
-            for parameter in parameters:
-                if parameter.grad is None:  # unused here; another rank may have used it
-                    parameter.grad = torch.zeros_like(parameter)
+            self._fill(parameters)
             for bucket in _buckets([p.grad for p in parameters if p.grad is not None]):
                 flat = torch.cat([gradient.reshape(-1) for gradient in bucket])
                 parts.append(torch.linalg.vector_norm(flat))
@@ -92,6 +90,20 @@ class Replicated:
         if self.clip_norm is not None:
             torch._foreach_mul_(gradients, torch.clamp(self.clip_norm / (norm + 1e-6), max=1.0))
         return Gradient(norm, torch.linalg.vector_norm(torch.stack(parts)) if parts else norm)
+
+    def _fill(self, parameters: list[nn.Parameter]) -> None:
+        """Gives zeros to those without a gradient here but with one on another rank: all ranks add up the same tensors.
+
+        Those that no rank has used (levels of a growing network) stay without: optimizers leave such parameters alone,
+        on several ranks as on one. The answer is read from the device only where some are missing.
+        """
+        used = torch.tensor([float(p.grad is not None) for p in parameters], device=parameters[0].device)
+        self.group.sum_(used)
+        if all(parameter.grad is not None for parameter in parameters):
+            return
+        for parameter, ranks in zip(parameters, used.tolist(), strict=True):
+            if parameter.grad is None and ranks > 0:
+                parameter.grad = torch.zeros_like(parameter)
 
     def step(self, name: str) -> None:
         """One optimizer step of a player."""

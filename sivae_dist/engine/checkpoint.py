@@ -33,7 +33,9 @@ from sivae_dist.engine.run_folder import write_atomic
 from sivae_dist.errors import UserError
 
 FORMAT = 1
+_MAX_JSON_BYTES = 16 << 20
 _NAME = re.compile(r"nimg-(\d{9,})")
+MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's, beside its step count
 TENSOR_FILES = ("weights", "ema", "optimizer")
 FILES = (*(f"{stem}.safetensors" for stem in TENSOR_FILES), "state.json")
 
@@ -76,13 +78,26 @@ def restore(saved: Snapshot, model: nn.Module, ema: nn.Module, optimizers: dict[
         for name, parameter in _named(model, player, optimizer).items():
             prefix = f"{player}/{name}/"
             stored = {k.removeprefix(prefix): v for k, v in saved.tensors["optimizer"].items() if k.startswith(prefix)}
+            if not stored:  # it was never stepped
+                optimizer.state.pop(parameter, None)
+                continue
+            expected = dict.fromkeys(_moments(optimizer), parameter.shape) | {"step": torch.Size()}
+            if {key: value.shape for key, value in stored.items()} != expected:
+                got = ", ".join(f"{key} {tuple(value.shape)}" for key, value in stored.items())[:200]
+                raise UserError(
+                    f"the checkpoint's optimizer state of {prefix[:-1]} does not fit: {got}", _RESTORE_ADVICE
+                )
             optimizer.state[parameter] = {
                 # Moments lie in memory as their parameter does; the step count stays on the host, where Adam keeps it.
-                key: torch.empty_like(parameter).copy_(value) if value.shape == parameter.shape else value.clone()
+                key: torch.empty_like(parameter).copy_(value) if key in MOMENTS else value.float()
                 for key, value in stored.items()
             }
-            if not stored:
-                del optimizer.state[parameter]
+
+
+def _moments(optimizer: Optimizer) -> tuple[str, ...]:
+    """Names of the state tensors that have a parameter's shape: Adam's, unless the optimizer says otherwise."""
+    moments: tuple[str, ...] = getattr(optimizer, "moments", MOMENTS)
+    return moments
 
 
 def load_weights(module: nn.Module, tensors: dict[str, Tensor], what: str) -> None:
@@ -111,6 +126,20 @@ def write(folder: Path, saved: Snapshot) -> Path:
     final = folder / name_of(saved.nimg)
     aside = folder / f".{final.name}.tmp"
     shutil.rmtree(aside, ignore_errors=True)
+    try:
+        _write_files(aside, saved)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)  # a part of a checkpoint only fills the disk further
+        raise
+    remove(final)  # an earlier life of this run may have written it before it was taken back
+    aside.rename(final)
+    _sync(folder)
+    write_atomic(folder / "latest", final.name + "\n")
+    _sync(folder)
+    return final
+
+
+def _write_files(aside: Path, saved: Snapshot) -> None:
     aside.mkdir(parents=True)
     for stem in TENSOR_FILES:
         save_file(saved.tensors[stem], aside / f"{stem}.safetensors")
@@ -122,12 +151,6 @@ def write(folder: Path, saved: Snapshot) -> Path:
     for name in [*FILES, "files.json"]:
         _sync(aside / name)
     _sync(aside)
-    remove(final)  # an earlier life of this run may have written it before it was taken back
-    aside.rename(final)
-    _sync(folder)
-    write_atomic(folder / "latest", final.name + "\n")
-    _sync(folder)
-    return final
 
 
 def remove(path: Path) -> None:
@@ -142,22 +165,49 @@ def remove(path: Path) -> None:
 def read(path: Path) -> Snapshot:
     """Reads a checkpoint and checks it against its list of files. Raises UserError when it is damaged or newer."""
     try:
-        listing = json.loads((path / "files.json").read_text(encoding="utf-8"))
-        if not isinstance(listing, dict) or set(listing) != set(FILES):
+        state = _read_json(path / "state.json")
+        # First of all: a newer format may have other files and other fields.
+        if type(state["format"]) is not int or state["format"] > FORMAT:
+            raise UserError(
+                f"{path} has checkpoint format {state['format']!r:.80}, this version reads up to {FORMAT}",
+                "update sivae-dist",
+            )
+        listing = _read_json(path / "files.json")
+        if set(listing) != set(FILES):
             raise UserError(f"{path}/files.json does not list the files of a checkpoint", _RESTORE_ADVICE)
         for name, facts in listing.items():
             if (path / name).stat().st_size != facts["bytes"] or _sha256(path / name) != facts["sha256"]:
                 raise UserError(f"{path / name} differs from what was written (size or sha256)", _RESTORE_ADVICE)
-        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-        if state["format"] > FORMAT:
-            raise UserError(
-                f"{path} has checkpoint format {state['format']}, this version reads up to {FORMAT}",
-                "update sivae-dist",
-            )
+        _check_state(path / "state.json", state)
         tensors = {stem: load_file(path / f"{stem}.safetensors") for stem in TENSOR_FILES}
         return Snapshot(int(state["nimg"]), tensors, state, path)
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise UserError(f"cannot read the checkpoint {path}: {error}", _RESTORE_ADVICE) from error
+    except KeyError as error:
+        raise UserError(f"cannot read the checkpoint {path}: {error} is missing", _RESTORE_ADVICE) from error
+    except (OSError, ValueError, TypeError, RecursionError, SafetensorError) as error:
+        raise UserError(f"cannot read the checkpoint {path}: {error}"[:500], _RESTORE_ADVICE) from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if path.stat().st_size > _MAX_JSON_BYTES:
+        raise UserError(f"{path} has more than {_MAX_JSON_BYTES} bytes", _RESTORE_ADVICE)
+    value = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds a {type(value).__name__}, expected keys and values", _RESTORE_ADVICE)
+    return value
+
+
+def _check_state(path: Path, state: dict[str, Any]) -> None:
+    """Raises UserError when a field is not what every resume takes it for."""
+    kinds = {"nimg": int, "plan_salt": int, "sums": dict, "data": str, "config": dict, "metrics": dict}
+    for name, kind in kinds.items():
+        value = state[name] if name == "nimg" else state.get(name, kind())
+        out_of_range = isinstance(value, int) and not 0 <= value < 1 << 62
+        if not isinstance(value, kind) or isinstance(value, bool) or out_of_range:
+            raise UserError(f"{path} has {name} = {value!r:.80}, expected {kind.__name__}", _RESTORE_ADVICE)
+    for tag, pair in state.get("sums", {}).items():  # a sum may be NaN or infinite, which reports then show
+        numbers = isinstance(pair, list) and [type(v) for v in pair] in ([float, int], [int, int])
+        if not numbers or abs(pair[1]) >= 1 << 62 or (type(pair[0]) is int and abs(pair[0]) >= 1 << 62):
+            raise UserError(f"{path} has sums of {tag!r:.80} = {pair!r:.80}, expected sum and count", _RESTORE_ADVICE)
 
 
 _RESTORE_ADVICE = "resume from another checkpoint of the run (--resume PATH), or start anew (--resume never)"
@@ -185,7 +235,7 @@ def latest(folder: Path) -> Path | None:
     """The checkpoint to resume from: the one `latest` names, else the newest complete one, else None."""
     pointer = folder / "latest"
     if pointer.is_file():
-        name = pointer.read_text(encoding="utf-8").strip()
+        name = pointer.read_text(encoding="utf-8", errors="replace").strip()
         if _NAME.fullmatch(name) and (folder / name / "files.json").is_file():
             return folder / name
     found = complete(folder)

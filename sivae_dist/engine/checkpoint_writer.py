@@ -8,6 +8,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from sivae_dist.engine import checkpoint
 from sivae_dist.engine.checkpoint import Snapshot
 from sivae_dist.errors import UserError
@@ -66,6 +68,11 @@ class CheckpointWriter:
             pending, self._pending = self._pending, None
             pending.result()
 
+    def raise_failure(self) -> None:
+        """Raises what the writing raised, if it has ended by now: a run should not train on for nothing."""
+        if self._pending is not None and self._pending.done():
+            self.wait()
+
     def close(self) -> None:
         """Waits for the last checkpoint and ends the thread."""
         try:
@@ -77,7 +84,7 @@ class CheckpointWriter:
     def _write(self, saved: Snapshot) -> None:
         try:
             checkpoint.write(self.folder, saved)
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
             raise UserError(
                 f"cannot write the checkpoint of {saved.nimg} images into {self.folder}: {error}",
                 "make room (or check permissions) and run the same command again: it resumes from the one before",
@@ -108,8 +115,10 @@ def best_checkpoint(config: CheckpointConfig, found: list[Path]) -> Path | None:
     """The checkpoint whose stored metrics have the best value of `config.best`; None when none was evaluated."""
     scores: list[tuple[float, Path]] = []
     for path in found:
-        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-        value = state.get("metrics", {}).get(config.best)
+        try:
+            value = json.loads((path / "state.json").read_text(encoding="utf-8"))["metrics"][config.best]
+        except (OSError, ValueError, LookupError, TypeError):  # not evaluated, or damaged
+            continue
         if isinstance(value, int | float) and math.isfinite(value):
             scores.append((float(value), path))
     if not scores:

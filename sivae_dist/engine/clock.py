@@ -16,6 +16,7 @@ class Clock:
     """
 
     def __init__(self) -> None:
+        self.steps_ever = 0  # iterations ended since this clock was made
         self._reset()
 
     def _reset(self) -> None:
@@ -34,6 +35,7 @@ class Clock:
         """After the iteration over a global batch of `images`."""
         self._busy += time.perf_counter() - self._start
         self._steps += 1
+        self.steps_ever += 1
         self._images += images
 
     def read(self) -> dict[str, float]:

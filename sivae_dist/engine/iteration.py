@@ -21,11 +21,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from sivae_dist import counters
 from sivae_dist.data import Batch
 from sivae_dist.distributed.replicated import Replicated
+from sivae_dist.engine.draws import PositionDraws
 from sivae_dist.engine.finite import Buffers, Skip, examine
 from sivae_dist.engine.loss_scale import LossScales
-from sivae_dist.engine.precision import Precision
+from sivae_dist.engine.precision import Drawing, Precision
 from sivae_dist.engine.tally import Tally, add_shares
-from sivae_dist.models import Autoencoder
+from sivae_dist.models import Autoencoder, DecoderDraws
 from sivae_dist.objectives import Draws, Objective, Phase, Terms
 
 Noise = Callable[[str], Tensor]
@@ -81,11 +82,13 @@ class Iteration:
         nimg: int,
         global_batch: int,
         noise: Noise | None = None,
+        drawing: Drawing | None = None,
         observe: Observer | None = None,
     ) -> IterationReport:
         """One iteration on this rank's `batch` of a global batch that begins at image number `nimg`.
 
         noise:   replaces the position-keyed draws (tests feed recorded ones).
+        drawing: replaces those that a stochastic decoder makes.
         observe: called after the backward passes of a phase and before its optimizer steps.
         """
         self.model.train()
@@ -98,7 +101,8 @@ class Iteration:
             tally, scale = Tally(), self.scales.of(phase.trains)
             with statistics_only_of(self.model, phase.statistics):
                 for micro, carry in zip(micro_batches, carries, strict=True):
-                    terms = self._terms(phase, micro, carry, noise, tally)
+                    draws = drawing or self._drawing(micro, nimg)
+                    terms = self._terms(phase, micro, carry, noise, draws, tally)
                     self.strategy.backward(terms.loss.sum() / global_batch * scale)
                     carry.update(terms.carry)
                     tally.add(terms)
@@ -117,9 +121,17 @@ class Iteration:
             add_shares(report.shares, tally.shares(global_batch, len(micro_batches)))
         return report
 
-    def _terms(self, phase: Phase, micro: Batch, carry: dict[str, Tensor], noise: Noise | None, tally: Tally) -> Terms:
+    def _terms(
+        self,
+        phase: Phase,
+        micro: Batch,
+        carry: dict[str, Tensor],
+        noise: Noise | None,
+        drawing: Drawing,
+        tally: Tally,
+    ) -> Terms:
         condition = one_hot(micro.label, self.model.condition_dim, micro.x)
-        players = self.precision.players(self.model, condition, tally.watch)
+        players = self.precision.players(self.model, condition, tally.watch, drawing=drawing)
         draws = Draws(noise or self._noise(micro), self.strategy.group.mean)
         return phase.loss(players, micro.x, draws, carry)
 
@@ -131,6 +143,15 @@ class Iteration:
             return counters.normal(key, micro.position, self.model.prior.shape, micro.x.dtype)
 
         return draw
+
+    def _drawing(self, micro: Batch, nimg: int) -> Drawing:
+        """The same for what the decoder draws by itself: noise maps, styles to mix."""
+
+        def draws(name: str, from_prior: bool) -> DecoderDraws:
+            key = counters.key(self.seed, "decoder", self.salt, name)
+            return PositionDraws(key, micro.position, nimg, micro.x.dtype, from_prior, self.strategy.group.mean)
+
+        return draws
 
 
 def one_hot(label: Tensor | None, classes: int, like: Tensor) -> Tensor | None:

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from sivae_dist.errors import UserError
-from sivae_dist.models import Autoencoder, Posterior
+from sivae_dist.models import Autoencoder, DecoderDraws, Posterior
 from sivae_dist.objectives import Players
 
 Dtype = Literal["fp32", "bf16", "fp16"]
+Drawing = Callable[[str, bool], DecoderDraws]  # (name of the draw that made z, z is from the prior)
 
 
 @dataclass(frozen=True)
@@ -71,11 +72,17 @@ class Precision:
         return torch.autocast(self.device_type, dtype=torch.bfloat16 if self.dtype == "bf16" else torch.float16)
 
     def players(
-        self, model: Autoencoder, condition: Tensor | None = None, watch: Callable[[Posterior], None] | None = None
+        self,
+        model: Autoencoder,
+        condition: Tensor | None = None,
+        watch: Callable[[Posterior], None] | None = None,
+        *,
+        drawing: Drawing | None = None,
     ) -> Players:
         """The model's networks as objectives see them: autocast inside, float32 (or float64) outside.
 
-        watch: is shown every posterior on its way out.
+        watch:   is shown every posterior on its way out.
+        drawing: where a stochastic decoder's randomness comes from; None decodes without any.
         """
 
         def encoder(x: Tensor) -> Posterior:
@@ -86,9 +93,10 @@ class Precision:
                 watch(posterior)
             return posterior
 
-        def decoder(z: Tensor) -> Tensor:
+        def decoder(z: Tensor, name: str = "", *, from_prior: bool = False) -> Tensor:
+            draws = (drawing(name, from_prior) if drawing else None,) if model.stochastic else ()
             with self.autocast():
-                x_hat = model.decoder(z, condition)
+                x_hat = model.decoder(z, condition, *draws)
             return _wide(x_hat)
 
         return Players(encoder, decoder, model.prior)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,7 @@ class Tracker:
                     f"tracking.tensorboard is on, but tensorboard cannot be imported: {error}",
                     "pip install tensorboard, or set tracking.tensorboard to False",
                 ) from error
+            threading.excepthook = _told_elsewhere
             self._writer = SummaryWriter(str(run.tensorboard), purge_step=nimg + 1)
 
     def scalars(self, nimg: int, values: dict[str, float]) -> None:
@@ -112,15 +114,23 @@ class Tracker:
                 self._writer.close()
 
 
+def _told_elsewhere(hooked: threading.ExceptHookArgs) -> None:
+    """TensorBoard's thread raises what it met (a full disk) again in the next call here: no traceback of its own."""
+    if not (isinstance(hooked.exc_value, OSError) and type(hooked.thread).__module__.startswith("tensorboard")):
+        threading.__excepthook__(hooked)
+
+
 def read_metrics(path: Path) -> list[dict[str, float]]:
     """The rows of a metrics.jsonl; a last line cut off by a kill is left out."""
     rows: list[dict[str, float]] = []
     if path.is_file():
         for line in path.read_text(encoding="utf-8").splitlines():
             try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:
+                row = json.loads(line)
+            except ValueError:
                 continue
+            if isinstance(row, dict):
+                rows.append(row)
     return rows
 
 

@@ -1,6 +1,6 @@
 """Architectures, one file (or folder) a family."""
 
-from sivae_dist.models.base import Autoencoder, ModelConfig
+from sivae_dist.models.base import Autoencoder, DecoderDraws, ModelConfig
 from sivae_dist.models.posterior import Posterior, Prior
 
-__all__ = ["Autoencoder", "ModelConfig", "Posterior", "Prior"]
+__all__ = ["Autoencoder", "DecoderDraws", "ModelConfig", "Posterior", "Prior"]

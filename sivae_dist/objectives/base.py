@@ -4,7 +4,8 @@ An objective imports only torch. It never calls backward() or item(), and never 
 optimizers: the engine owns those. Everything it needs comes in as callables:
 
     players.encoder(x) -> posterior with .mu and .logvar, each (B, ...)       x: (B, ...) in the model's input range
-    players.decoder(z) -> x_hat (B, ...)
+    players.decoder(z, name, from_prior=False) -> x_hat (B, ...); name and from_prior matter to a decoder that draws
+                          random numbers itself (see Decoder)
     players.prior      -> .mu and .logvar of the diagonal Gaussian prior (floats or tensors), .shape of one latent
     noise(name)        -> standard normal (B, *prior.shape); the same name gives the same draw within an iteration
     batch_mean(v)      -> the mean of a (B,) tensor over the whole batch on all ranks, detached (for the published
@@ -46,12 +47,22 @@ class Prior(Protocol):
     def shape(self) -> tuple[int, ...]: ...  # noqa: D102
 
 
+class Decoder(Protocol):
+    """z (B, ...) -> x_hat (B, ...), with what a decoder that draws noise maps or mixes styles needs to know.
+
+    name: of the draw that made z. The same name gives the same draws within an iteration, so decoding the same z once
+    more under its name makes the same image. from_prior: z is a sample from the prior, not the code of an image.
+    """
+
+    def __call__(self, z: Tensor, name: str = "", *, from_prior: bool = False) -> Tensor: ...  # noqa: D102
+
+
 @dataclass(frozen=True)
 class Players:
     """The two networks and the prior, as the objective sees them."""
 
     encoder: Callable[[Tensor], Gaussian]
-    decoder: Callable[[Tensor], Tensor]
+    decoder: Decoder
     prior: Prior
 
 

@@ -92,10 +92,10 @@ class IntroVae:
         """Eq. 11, lines 4 to 10 of algorithm 1."""
         c, prior = self.config, players.prior
         z_prior = t.sample_prior(prior, draws.noise("z_prior"))  # Zp ~ p(z)
-        x_fake = players.decoder(z_prior)  # Xp = Dec(Zp)
+        x_fake = players.decoder(z_prior, "z_prior", from_prior=True)  # Xp = Dec(Zp)
         q_real = players.encoder(x_real)  # Z = Enc(X)
         z_post = t.reparameterize(q_real, draws.noise("z_post"))
-        x_rec = players.decoder(z_post)  # Xr = Dec(Z)
+        x_rec = players.decoder(z_post, "z_post")  # Xr = Dec(Z)
 
         rec = t.reconstruction(x_real, x_rec, c.rec_loss)  # L_AE, eq. 10
         kl_real = t.kl(q_real, prior)  # L_REG(Z), eq. 9
@@ -110,8 +110,8 @@ class IntroVae:
     def decoder_loss(self, players: Players, x_real: Tensor, draws: Draws, carry: dict[str, Tensor]) -> Terms:
         """Eq. 12, lines 11 to 13 of algorithm 1: the same Xr and Xp, the updated encoder."""
         c, prior = self.config, players.prior
-        x_fake = players.decoder(carry["z_prior"])
-        x_rec = players.decoder(carry["z_post"])
+        x_fake = players.decoder(carry["z_prior"], "z_prior", from_prior=True)
+        x_rec = players.decoder(carry["z_post"], "z_post")
         rec = t.reconstruction(x_real, x_rec, c.rec_loss)  # L_AE
         kl_rec = t.kl(players.encoder(x_rec), prior)  # L_REG(Enc(Xr))
         kl_fake = t.kl(players.encoder(x_fake), prior)  # L_REG(Enc(Xp))

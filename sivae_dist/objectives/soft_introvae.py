@@ -57,14 +57,18 @@ class SoftIntroVaeConfig(ObjectiveConfig):
     """The z of x_rec in the decoder phase: reuse the encoder phase's; fresh_eps on the old posterior (3-D);
     reencode with the updated encoder and fresh noise (style)."""
     draws: Literal["shared", "fresh"] = "shared"
-    """The z_prior of the decoder phase: the encoder phase's (shared), or fresh (style)."""
+    """The z_prior of the decoder phase, and what the decoder itself draws for it: the encoder phase's (shared), or
+    fresh (style)."""
     fake_sources: Literal["prior+rec", "prior"] = "prior+rec"
     """What stands for Dec(z): mean over prior samples and reconstructions, or prior samples alone."""
     form: Literal["published", "paper"] = "published"
     """published, or paper: nothing is stopped and gamma_r has no part (the full ELBO of the fakes counts). With
     fake_sources prior these are the paper's equations to the letter."""
     vae_warmup_kimg: float = 0.0
-    """Thousand images of plain VAE first, without the factor `scale` as published."""
+    """Thousand images of plain VAE first."""
+    vae_warmup_scale: Literal["one", "same"] = "one"
+    """Factor of the warm-up's loss: one as published, or the same `scale` as afterwards. With one, Adam's second
+    moments are too large, by the square of the number of pixels, when the warm-up ends, and its steps tiny for long."""
 
     def build(self, sample_shape: tuple[int, ...], **_: Any) -> SoftIntroVae:
         """Raises ValueError for values out of range."""
@@ -100,6 +104,7 @@ class SoftIntroVae:
                 beta_kl=config.beta_kl,
                 rec_loss=config.rec_loss,
                 rec_real_reduction=config.rec_real_reduction,
+                scale=self.scale if config.vae_warmup_scale == "same" else 1.0,
             ),
             sample_shape,
         )
@@ -147,10 +152,10 @@ class SoftIntroVae:
         """-E: -ELBO(x) + 1/alpha exp(alpha ELBO(Dec(z)))."""
         c, prior = self.config, players.prior
         z_prior = t.sample_prior(prior, draws.noise("z_prior"))  # z ~ p(z)
-        x_fake = players.decoder(z_prior)  # Dec(z)
+        x_fake = players.decoder(z_prior, "z_prior", from_prior=True)  # Dec(z)
         q_real = players.encoder(x_real)  # q(z|x)
         z_post = t.reparameterize(q_real, draws.noise("z_post"))
-        x_rec = players.decoder(z_post)
+        x_rec = players.decoder(z_post, "z_post")
 
         rec = t.reconstruction(x_real, x_rec, c.rec_loss)
         kl_real = t.kl(q_real, prior)
@@ -162,7 +167,8 @@ class SoftIntroVae:
         for source in self.sources:
             x = fakes[source]
             q = players.encoder(x if attached else x.detach())  # q(z|Dec(z))
-            x_again = players.decoder(t.reparameterize(q, draws.noise(f"encoder/{source}")))
+            name = f"encoder/{source}"
+            x_again = players.decoder(t.reparameterize(q, draws.noise(name)), name)
             target = x if attached or c.rec_target == "attached" else x.detach()
             rec_again, kl_again = t.reconstruction(target, x_again, c.rec_loss), t.kl(q, prior)
             exp_elbo = t.exp_elbo(self._elbo(rec_again, kl_again, self.strength.value), c.alpha)
@@ -180,12 +186,13 @@ class SoftIntroVae:
     def decoder_loss(self, players: Players, x_real: Tensor, draws: Draws, carry: dict[str, Tensor]) -> Terms:
         """-D: -ELBO(x) - gamma ELBO(Dec(z)), with the updated encoder."""
         c, prior = self.config, players.prior
-        z_prior = carry["z_prior"]
+        z_prior, name = carry["z_prior"], "z_prior"
         if c.draws == "fresh":
-            z_prior = t.sample_prior(prior, draws.noise("decoder/z_prior"))
-        x_fake = players.decoder(z_prior)  # Dec(z)
+            name = "decoder/z_prior"
+            z_prior = t.sample_prior(prior, draws.noise(name))
+        x_fake = players.decoder(z_prior, name, from_prior=True)  # Dec(z)
         z_post, q_real = self._decoder_posterior(players, x_real, draws, carry)
-        x_rec = players.decoder(z_post)
+        x_rec = players.decoder(z_post, "z_post" if c.decoder_z == "reuse" else "decoder/z_post")
 
         rec = t.reconstruction(x_real, x_rec, c.rec_loss)
         loss = self.scale * c.beta_rec * self.reduce * rec  # first term of D: -ELBO(x), whose KL is constant here
@@ -201,13 +208,13 @@ class SoftIntroVae:
             x, name = fakes[source], f"decoder/{source}"
             kl_again = t.kl(q, prior)
             if c.form == "paper":
-                x_again = players.decoder(t.reparameterize(q, draws.noise(name)))
+                x_again = players.decoder(t.reparameterize(q, draws.noise(name)), name)
                 rec_again = t.reconstruction(x, x_again, c.rec_loss)
                 negative_elbo = -self._elbo(rec_again, kl_again, c.beta_kl)
             else:
                 negative_elbo = self.scale * c.beta_kl * kl_again
                 if c.gamma_r > 0:
-                    x_again = players.decoder(t.reparameterize(q, draws.noise(name)).detach())
+                    x_again = players.decoder(t.reparameterize(q, draws.noise(name)).detach(), name)
                     rec_again = t.reconstruction(x.detach(), x_again, c.rec_loss)
                     weight = self.scale * c.beta_rec * c.gamma_r * self.reduce
                     negative_elbo = negative_elbo + weight * rec_again

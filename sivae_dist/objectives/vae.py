@@ -60,7 +60,7 @@ class Vae:
         """-ELBO(x), single-sample estimate."""
         c = self.config
         q_real = players.encoder(x_real)
-        x_rec = players.decoder(t.reparameterize(q_real, draws.noise("z_post")))
+        x_rec = players.decoder(t.reparameterize(q_real, draws.noise("z_post")), "z_post")
         rec = t.reconstruction(x_real, x_rec, c.rec_loss)
         kl_real = t.kl(q_real, players.prior)
         loss = -t.elbo(self.reduce * rec, kl_real, scale=self.scale, beta_rec=c.beta_rec, beta_kl=c.beta_kl)

@@ -5,6 +5,7 @@ Run by test_ranks_agree.py, under `accelerate launch` and in its own process; bo
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 
@@ -18,8 +19,9 @@ from sivae_dist.distributed.group import Group
 from sivae_dist.distributed.replicated import Replicated
 from sivae_dist.distributed.sync_batch_norm import synchronise_batch_norm
 from sivae_dist.engine.iteration import Iteration
-from sivae_dist.engine.optim import OptimConfig
+from sivae_dist.engine.optim import OptimConfig, PlayerOptim
 from sivae_dist.models.residual import ResidualConfig
+from sivae_dist.models.style import StyleConfig
 from sivae_dist.objectives.introvae import IntroVaeConfig
 from sivae_dist.objectives.soft_introvae import SoftIntroVaeConfig
 from sivae_dist.objectives.vae import VaeConfig
@@ -32,13 +34,15 @@ CASES = {
     "soft-one-image": (SoftIntroVaeConfig(beta_neg=4.0), "group", 1, 1),
     "introvae": (IntroVaeConfig(margin=1.0, beta_rec=0.3), "batch", 1, 7),
     "vae": (VaeConfig(), "batch", 1, 5),
+    "style": (SoftIntroVaeConfig(beta_neg=4.0, decoder_z="reencode", draws="fresh"), "style", 1, 7),
 }
+STYLE_LEVEL = 1  # of three: the parameters of the finest level are used by no rank
 
 
-def global_batch(number: int, size: int) -> Batch:
+def global_batch(number: int, size: int, shape: tuple[int, ...]) -> Batch:
     """The whole batch of an iteration, from counters: the same everywhere."""
     position = torch.arange(number * size, (number + 1) * size)
-    x = counters.normal(counters.key(5, "x"), position, (3, SIZE, SIZE), torch.float64).sigmoid()
+    x = counters.normal(counters.key(5, "x"), position, shape, torch.float64).sigmoid()
     return Batch(x, position)
 
 
@@ -51,11 +55,20 @@ def share(batch: Batch, group: Group) -> Batch:
 def run(case: str, group: Group, iterations: int = 3) -> Iterator[tuple[str, np.ndarray]]:
     objective, norm, accumulation, size = CASES[case]
     torch.manual_seed(0)
-    model = ResidualConfig(image_size=SIZE, channels=(4, 6), zdim=5, norm=norm).build().double()
+    if norm == "style":  # which has instance norms only
+        model = StyleConfig.tiny().build().double()
+        model.set_level(STYLE_LEVEL)
+        with torch.no_grad():  # noise would not matter yet
+            for parameter in model.parameters():
+                parameter.add_(0.1)
+        optim = OptimConfig(PlayerOptim(beta1=0), PlayerOptim(beta1=0), "lreq_adam")
+    else:
+        model = ResidualConfig(image_size=SIZE, channels=(4, 6), zdim=5, norm=norm).build().double()
+        optim = OptimConfig()
     synchronise_batch_norm(model, group)
     players = {"encoder": model.encoder, "decoder": model.decoder}
-    strategy = Replicated(players, OptimConfig().build(players), group, clip_norm=0.5)
-    step = Iteration(model, objective.build((3, SIZE, SIZE)), strategy, accumulation=accumulation)
+    strategy = Replicated(players, optim.build(players), group, clip_norm=0.5)
+    step = Iteration(model, objective.build(model.sample_shape), strategy, accumulation=accumulation)
     for number in range(iterations):
         gradients: dict[str, np.ndarray] = {}
 
@@ -65,7 +78,8 @@ def run(case: str, group: Group, iterations: int = 3) -> Iterator[tuple[str, np.
                     if parameter.grad is not None:
                         gradients[f"{phase.name}/{player}.{name}"] = parameter.grad.numpy().copy()
 
-        report = step(share(global_batch(number, size), group), nimg=number * size, global_batch=size, observe=observe)
+        batch = share(global_batch(number, size, model.sample_shape), group)
+        report = step(batch, nimg=number * size, global_batch=size, observe=observe)
         assert report.skip is None
         for name, value in gradients.items():
             yield f"{case}/gradient{number}/{name}", value
@@ -91,3 +105,4 @@ if __name__ == "__main__":
     if started.group.is_main:
         np.savez(sys.argv[1], **numbers)
     started.finish()
+    os._exit(0)  # as the command line does: a destructor of the process group may abort a rank that exits normally

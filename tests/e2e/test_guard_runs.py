@@ -102,7 +102,9 @@ def test_permanent_trouble_ends_with_advice(config: Path, tmp_path: Path) -> Non
     done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr
-    assert "error: 2 iterations in a row were not finite, the last at 160 images, and the run has been rolled back 2 times"
+    assert (
+        "error: 2 iterations in a row were not finite, the last at 160 images, and the run has been rolled back 2 times"
+    )
     assert "fix: lower the learning rate" in done.stderr
     assert "(rollback 2)" in done.stderr
     assert (run / "checkpoints/latest").read_text().strip() == "nimg-000000120"
@@ -160,7 +162,9 @@ def test_killed_after_a_rollback_it_goes_on_exactly(
     config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     spoil(monkeypatch, 80, 200)
-    whole = train_here(config, tmp_path / "whole", guard={"patience": 3}, train={"kimg": 0.3}, checkpoint={"keep_last": 9})
+    whole = train_here(
+        config, tmp_path / "whole", guard={"patience": 3}, train={"kimg": 0.3}, checkpoint={"keep_last": 9}
+    )
     assert "back to nimg-000000060" in capsys.readouterr().err
     monkeypatch.undo()  # what comes after the rollback needs no spoiling: the salt has changed
     for nimg in (120, 240):

@@ -18,14 +18,16 @@ from sivae_dist.interop import published_keys
 from sivae_dist.models import Autoencoder, ModelConfig
 from sivae_dist.models.mlp import MlpConfig
 from sivae_dist.models.residual import ResidualConfig
+from sivae_dist.models.style import StyleConfig
 from sivae_dist.objectives import Objective, Phase, Players, Terms
 
 PLAYERS = ("encoder", "decoder")
 
 
-def config_for(family: published_keys.Family, shapes: dict[str, tuple[int, ...]]) -> ModelConfig:
-    settings: dict[str, Any] = published_keys.settings(family, shapes)
-    return MlpConfig(**settings) if family == "twod" else ResidualConfig(**settings)
+def config_for(family: published_keys.Family, shapes: dict[str, tuple[int, ...]], **more: Any) -> ModelConfig:
+    settings: dict[str, Any] = published_keys.settings(family, shapes) | more
+    classes: dict[str, type[ModelConfig]] = {"twod": MlpConfig, "style": StyleConfig}
+    return classes.get(family, ResidualConfig)(**settings)
 
 
 @dataclass
@@ -43,23 +45,36 @@ class Net:
     def state(self) -> dict[str, Tensor]:
         return {**self.published(self.model.state_dict()), **self.dropped}
 
+    def kept_state(self) -> dict[str, Tensor]:
+        """Without the entries that have no counterpart."""
+        return self.published(self.model.state_dict())
+
+    def table_of(self, player: str) -> dict[str, str]:
+        """Published name -> ours of one player."""
+        return {name: ours for name, ours in self.table.items() if ours.startswith(f"{player}.")}
+
     def gradients(self) -> dict[str, Tensor]:
         found = {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
         return {name: gradient.clone() for name, gradient in self.published(found).items()}
 
     def players(self, condition: Tensor | None = None) -> Players:
         return Players(
-            lambda x: self.model.encode(x, condition), lambda z: self.model.decode(z, condition), self.model.prior
+            lambda x: self.model.encode(x, condition),
+            lambda z, name="", *, from_prior=False: self.model.decode(z, condition),
+            self.model.prior,
         )
 
 
-def load(family: published_keys.Family, golden: Golden, dtype: torch.dtype, *, train: bool = True) -> Net:
-    """The fixture's network with its initial weights and statistics."""
+def load(
+    family: published_keys.Family, golden: Golden, dtype: torch.dtype, *, train: bool = True, **settings: Any
+) -> Net:
+    """The fixture's network with its initial weights. settings: of the model, besides those that shapes imply."""
     published = golden.group("sd/", dtype)
-    config = config_for(family, {name: tuple(tensor.shape) for name, tensor in published.items()})
+    shapes = {name: tuple(tensor.shape) for name, tensor in published.items()}
+    config = config_for(family, shapes, **settings)
     model = config.build().to(dtype)
     model.load_state_dict(published_keys.to_ours(family, published), strict=True)
-    dropped = {name: published[name] for name in published_keys.DROPPED[family] if name in published}
+    dropped = {name: published[name] for name in published if published_keys.is_dropped(family, name)}
     return Net(model.train(train), published_keys.names(family, published), dropped)
 
 

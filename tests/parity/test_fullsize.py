@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from golden_files import comparing, files, key_layouts, left_out, of
+from golden_files import Golden, comparing, files, key_layouts, left_out, of
 from runs import config_for
 from torch import Tensor, nn
 
 from sivae_dist.interop import published_keys
+from sivae_dist.models import Autoencoder
 
-FAMILIES = ("residual", "introvae", "twod")
+FAMILIES = ("residual", "introvae", "twod", "style")
 LAYOUTS = [name for name, layout in key_layouts()["models"].items() if layout["config"]["family"] in FAMILIES]
 CASES = [
     (file, network)
@@ -38,12 +39,16 @@ def test_key_layout(network: str) -> None:
     shapes = _shapes(layout)
     with torch.device("meta"):
         model = config_for(family, shapes).build()
-    assert model.prior.shape == (config.get("zdim", config.get("hdim")),)
-    if family != "twod":
+    latent = next(config[name] for name in ("zdim", "hdim", "latent_size") if name in config)
+    assert model.prior.shape == (latent,)
+    if family == "style":
+        assert (model.levels, model.sample_shape[0]) == (config["layer_count"], config["channels"])
+    elif family != "twod":
         assert model.sample_shape == (config["cdim"], config["image_size"], config["image_size"])
     ours = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
     assert published_keys.to_ours(family, shapes) == ours
-    dropped = sum(prod(shapes[name]) for name in published_keys.DROPPED[family])
+    parameters = [key for key, _, _, kind in layout["state_dict"] if kind == "parameter"]
+    dropped = sum(prod(shapes[name]) for name in parameters if published_keys.is_dropped(family, name))
     assert sum(p.numel() for p in model.parameters()) + dropped == layout["n_parameters"]
 
 
@@ -66,7 +71,11 @@ def spread(key: str, shape: tuple[int, ...]) -> tuple[float, float]:
     leaf = key.rsplit(".", 1)[-1]
     if leaf == "running_mean" or leaf.startswith("bias"):
         return 0.0, 0.1
-    if leaf == "running_var":
+    if leaf.startswith("noise_weight"):
+        return 0.0, 0.1
+    if leaf == "buff":
+        return 0.0, 0.2
+    if leaf in ("running_var", "const"):
         return 1.0, 0.5
     assert leaf == "weight", key
     return (1.0, 0.3) if len(shape) == 1 else (0.0, sqrt(3 / prod(shape[1:])))
@@ -81,35 +90,64 @@ def fill(model: nn.Module, family: published_keys.Family, layout: dict[str, Any]
     shapes, state = _shapes(layout), model.state_dict()
     table = published_keys.names(family, shapes)
     for key, shape in shapes.items():
-        if key.endswith("num_batches_tracked"):
+        if key.endswith("num_batches_tracked") or key not in table:
             continue
         values = from_formula(seed, key, shape, *spread(key, shape))
         state[table[key]].copy_(torch.from_numpy(values))
         yield values
 
 
-@pytest.mark.parametrize(("file", "network"), CASES)
-def test_outputs(file: str, network: str) -> None:
+def published_size(file: str, network: str) -> tuple[Golden, Autoencoder, dict[str, Any]]:
+    """The network in double precision and evaluation mode, its weights checked against the recorded sum; its config."""
     golden, layout = files()[file], key_layouts()["models"][network]
-    family, config, seed = layout["config"]["family"], layout["config"], golden.value("cfg/seed")
+    family, seed = layout["config"]["family"], golden.value("cfg/seed")
     with torch.device("meta"):  # skips the random initialisation of millions of weights
         model = config_for(family, _shapes(layout)).build()
     model = model.double().eval().to_empty(device="cpu")
-    total, first = 0.0, None
+    sum_, first = 0.0, None
     with torch.no_grad():
         for values in fill(model, family, layout, seed):
-            total += float(np.abs(values).sum(dtype=np.float64))
+            sum_ += float(np.abs(values).sum(dtype=np.float64))
             first = values.reshape(-1)[:8] if first is None else first
+    assert first is not None
+    np.testing.assert_array_equal(first, golden.array(f"{network}/first_entry_first8"))
+    assert sum_ == pytest.approx(golden.value(f"{network}/weights_abs_sum"), rel=1e-9)
+    return golden, model, layout["config"]
+
+
+def given(golden: Golden, name: str, shape: tuple[int, ...], a: float, b: float) -> Tensor:
+    return torch.from_numpy(from_formula(golden.value("cfg/seed"), f"input.{name}", shape, a, b)).double()
+
+
+@pytest.mark.parametrize(("file", "network"), [case for case in CASES if not case[1].startswith("style_")])
+def test_outputs(file: str, network: str) -> None:
+    golden, model, config = published_size(file, network)
     size, zdim = config["image_size"], model.prior.shape[0]
     batch = 2 if size <= 32 else 1
-    x = torch.from_numpy(from_formula(seed, "input.x", (batch, config["cdim"], size, size), 0.5, 0.5)).double()
-    z = torch.from_numpy(from_formula(seed, "input.z", (batch, zdim), 0.0, sqrt(3))).double()
+    x = given(golden, "x", (batch, config["cdim"], size, size), 0.5, 0.5)
+    z = given(golden, "z", (batch, zdim), 0.0, sqrt(3))
     with torch.no_grad(), comparing(golden, torch.float64) as compare:
-        assert first is not None
-        np.testing.assert_array_equal(first, golden.array(f"{network}/first_entry_first8"))
-        assert total == pytest.approx(golden.value(f"{network}/weights_abs_sum"), rel=1e-9)
         q, image = model.encode(x), model.decode(z)
         found = {"mu": q.mu, "logvar": q.logvar} | {f"decode/{k}": v for k, v in _summary(image).items()}
+        for name, value in found.items():
+            compare.close(f"{network}/out/{name}", value)
+
+
+@pytest.mark.parametrize(("file", "network"), [case for case in CASES if case[1].startswith("style_")])
+def test_outputs_of_the_style_network(file: str, network: str) -> None:
+    golden, model, config = published_size(file, network)
+    model.decoder.noise = "published_bump"
+    finest = config["layer_count"] - 1
+    x, x128 = (given(golden, name, (1, 3, size, size), 0.0, 1.0) for name, size in (("x", 256), ("x128", 128)))
+    z = given(golden, "z", (1, config["latent_size"]), 0.0, sqrt(3))
+    with torch.no_grad(), comparing(golden, torch.float64) as compare:
+        style = model.encoder.read_style(x)
+        q = model.encoder.posterior(style)
+        found = {"enc_out": style[:, None], "mu": q.mu, "logvar": q.logvar, "w": model.decoder.map(z)}
+        found |= {f"decode_lod{finest}/{k}": v for k, v in _summary(model.decode(z)).items()}
+        model.set_level(finest - 1, 0.5)
+        found |= {f"decode_lod{finest - 1}_blend0.5/{k}": v for k, v in _summary(model.decode(z)).items()}
+        found[f"enc_out_lod{finest - 1}_blend0.5"] = model.encoder.read_style(x128)[:, None]
         for name, value in found.items():
             compare.close(f"{network}/out/{name}", value)
 

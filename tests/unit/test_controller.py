@@ -63,7 +63,11 @@ def test_the_strength_is_what_the_phases_use() -> None:
     nn.init.normal_(model.encoder.layers.output.weight, generator=torch.Generator().manual_seed(1))
 
     def loss(objective: Any) -> float:
-        players = Players(lambda x: Posterior(*model.encoder.layers(x).chunk(2, 1)), model.decoder, model.prior)
+        players = Players(
+            lambda x: Posterior(*model.encoder.layers(x).chunk(2, 1)),
+            lambda z, name="", *, from_prior=False: model.decode(z),
+            model.prior,
+        )
         return float(objective.encoder_loss(players, eps, Draws(lambda name: eps), {}).loss.sum())
 
     for config, field, value in (
@@ -124,6 +128,12 @@ def test_what_cannot_be_controlled_is_told() -> None:
         controller(VaeConfig().build(SHAPE))
     with pytest.raises(UserError, match="objective.beta_neg is 0.0"):
         controller(SoftIntroVaeConfig(beta_neg=0.0).build(SHAPE))
-    for wrong in ({"rate": 1.0}, {"every_kimg": 0}, {"ceiling": 1.0}, {"min": 3.0, "max": 2.0}, {"min": 0.0, "max": -1}):
+    for wrong in (
+        {"rate": 1.0},
+        {"every_kimg": 0},
+        {"ceiling": 1.0},
+        {"min": 3.0, "max": 2.0},
+        {"min": 0.0, "max": -1},
+    ):
         with pytest.raises(UserError, match="controller"):
             ControllerConfig(**wrong)

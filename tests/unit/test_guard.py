@@ -60,7 +60,9 @@ def test_examine_names_what_is_not_finite() -> None:
     assert bad_gradient is not None
     assert (bad_gradient.text(), bad_gradient.forward) == ("rank 0: gradient of the decoder", False)
     assert bad_gradient.players == {"decoder"}
-    overflown = examine("decoder", torch.ones(2), sums, {"decoder": Gradient(torch.tensor(math.inf), fine.local)}, Group())
+    overflown = examine(
+        "decoder", torch.ones(2), sums, {"decoder": Gradient(torch.tensor(math.inf), fine.local)}, Group()
+    )
     assert overflown is not None
     assert overflown.text() == "the sum over ranks of the gradient of the decoder"
 
@@ -158,7 +160,9 @@ def test_patience_and_rollbacks(capsys: pytest.CaptureFixture[str]) -> None:
     guard = Guard(GuardConfig(patience=2, max_rollbacks=1), Group())
     skip = Skip("encoder", ["encoder/rec"], 1, set(), forward=True)
     assert [guard.passed(s, 10) for s in (skip, None, skip, skip)] == [True, True, True, False]
-    assert "not finite at 10 images, phase encoder skipped on all ranks (rank 0: encoder/rec)" in capsys.readouterr().err
+    assert (
+        "not finite at 10 images, phase encoder skipped on all ranks (rank 0: encoder/rec)" in capsys.readouterr().err
+    )
     assert not guard.calm
     guard.roll_back(30, "nimg-000000020")
     assert guard.calm

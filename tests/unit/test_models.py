@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 import torch
 from torch import Tensor
 
+from sivae_dist.data import Batch
 from sivae_dist.distributed.group import Group
+from sivae_dist.distributed.replicated import Replicated
 from sivae_dist.distributed.sync_batch_norm import synchronise_batch_norm
+from sivae_dist.engine import checkpoint
+from sivae_dist.engine.ema import Ema, EmaConfig
+from sivae_dist.engine.iteration import Iteration, IterationReport
+from sivae_dist.engine.optim import OptimConfig, PlayerOptim
+from sivae_dist.engine.precision import Precision
 from sivae_dist.errors import UserError
 from sivae_dist.interop import published_keys
 from sivae_dist.models import Autoencoder, ModelConfig
 from sivae_dist.models.mlp import MlpConfig
 from sivae_dist.models.residual import ResidualConfig
+from sivae_dist.objectives import ObjectiveConfig
 from sivae_dist.registry import components
 
 REGISTERED = components("sivae_dist.models", ModelConfig)
+OBJECTIVES = components("sivae_dist.objectives", ObjectiveConfig)
+STATE: dict[str, Any] = {"plan_salt": 0, "sums": {}, "data": ""}  # what a checkpoint must say besides tensors
 SMALL = {"image_size": 12, "channels": (4, 6), "zdim": 5}
 VARIANTS: dict[str, ModelConfig] = {name: cls.tiny() for name, cls in REGISTERED.items()} | {
     "introvae block": ResidualConfig(**SMALL, block="introvae"),
@@ -46,7 +57,7 @@ def inputs(model: Autoencoder, batch: int = 3, seed: int = 1) -> tuple[Tensor, T
 
 
 def test_the_published_ones_are_registered() -> None:
-    assert {"residual", "mlp"} <= REGISTERED.keys()
+    assert {"residual", "mlp", "style"} <= REGISTERED.keys()
 
 
 @variants
@@ -63,15 +74,95 @@ def test_shapes_and_finite(config: ModelConfig, batch: int) -> None:
 
 @variants
 def test_every_parameter_gets_a_gradient(config: ModelConfig) -> None:
+    """At one of its levels, where a model has several."""
     model = build(config).train()
-    x, _, condition = inputs(model)
-    q = model.encode(x, condition)
-    z = q.mu + torch.exp(0.5 * q.logvar)
-    (model.decode(z, condition) - x).square().sum().backward()
+    for level in range(model.levels):
+        model.set_level(level)
+        x, _, condition = inputs(model)
+        q = model.encode(x, condition)
+        z = q.mu + torch.exp(0.5 * q.logvar)
+        (model.decode(z, condition) - x).square().sum().backward()
     silent = [
         n for n, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all() or not p.grad.any()
     ]
     assert not silent
+
+
+@variants
+def test_levels(config: ModelConfig) -> None:
+    """A model is built at its finest level; half faded in it is finite; what it does not have is refused."""
+    model = build(config).eval()
+    finest = model.sample_shape
+    for level in range(model.levels):
+        for blend in (1.0, 0.5) if level else (1.0,):
+            model.set_level(level, blend)
+            x, z, condition = inputs(model)
+            assert model.encode(x, condition).mu.isfinite().all()
+            assert model.decode(z, condition).isfinite().all() and model.decode(z, condition).shape == x.shape
+    assert model.sample_shape == finest
+    for level, blend in ((-1, 1.0), (model.levels, 1.0), (0, 0.5), (0, 1.5)):
+        with pytest.raises(ValueError, match="levels"):
+            model.set_level(level, blend)
+
+
+# ---- in the engine -------------------------------------------------------------------------------------------------
+
+
+class Trained:
+    """A small model with all that trains it."""
+
+    def __init__(self, config: ModelConfig, objective: str, *, dtype: Literal["fp32", "bf16"] = "fp32") -> None:
+        self.model = build(config)
+        self.optim = OptimConfig(PlayerOptim(lr=1e-3), PlayerOptim(lr=1e-3))
+        players = {"encoder": self.model.encoder, "decoder": self.model.decoder}
+        self.optimizers = self.optim.build(players)
+        built = OBJECTIVES[objective]().build(self.model.sample_shape)
+        strategy = Replicated(players, self.optimizers)
+        self.iteration = Iteration(self.model, built, strategy, precision=Precision(dtype))
+        self.ema, self.nimg = Ema(EmaConfig(), self.model), 0
+
+    def step(self) -> IterationReport:
+        x, _, condition = inputs(self.model, batch=4, seed=self.nimg)
+        label = None if condition is None else condition.argmax(1)
+        batch = Batch(x, torch.arange(self.nimg, self.nimg + 4), label)
+        report = self.iteration(batch, nimg=self.nimg, global_batch=4)
+        self.nimg += 4
+        self.ema.update(self.model, self.nimg, 4)
+        return report
+
+
+@variants
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("objective", list(OBJECTIVES))
+def test_an_iteration_of_every_objective(config: ModelConfig, objective: str, dtype: Literal["fp32", "bf16"]) -> None:
+    trained = Trained(config, objective, dtype=dtype)
+    before = {name: p.detach().clone() for name, p in trained.model.named_parameters()}
+    report = trained.step()
+    assert report.sums and all(bool(total.isfinite()) for total in report.sums.values())
+    assert {"encoder", "decoder"} == report.grad_norm.keys()
+    assert all(bool(norm.isfinite()) for norm in report.grad_norm.values())
+    after = trained.model.state_dict()
+    assert all(bool(t.isfinite().all()) and t.dtype in (torch.float32, torch.int64) for t in after.values())
+    moved = {name.split(".")[0] for name, p in before.items() if not torch.equal(p, after[name])}
+    assert moved == {"encoder", "decoder"}
+
+
+@variants
+def test_resumes_to_the_last_bit(config: ModelConfig, tmp_path: Path) -> None:
+    whole = Trained(config, "soft_introvae")
+    whole.step()
+    saved = checkpoint.snapshot(whole.nimg, whole.model, whole.ema.model, whole.optimizers, STATE)
+    checkpoint.write(tmp_path, saved)
+    whole.step()
+    resumed = Trained(config, "soft_introvae")
+    resumed.nimg = saved.nimg
+    path = checkpoint.latest(tmp_path)
+    assert path is not None
+    checkpoint.restore(checkpoint.read(path), resumed.model, resumed.ema.model, resumed.optimizers)
+    resumed.step()
+    for one, two in ((whole.model, resumed.model), (whole.ema.model, resumed.ema.model)):
+        state = two.state_dict()
+        assert all(torch.equal(tensor, state[name]) for name, tensor in one.state_dict().items())
 
 
 @variants

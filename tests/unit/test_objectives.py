@@ -60,6 +60,11 @@ class Noise:
         return torch.randn(BATCH, 2, dtype=torch.float64, generator=generator)[self.rows]
 
 
+def decoding(model: Autoencoder) -> Any:
+    """A decoder that draws nothing, so that names do not matter."""
+    return lambda z, name="", *, from_prior=False: model.decode(z)
+
+
 class Watched:
     """Players that count calls and keep what passed."""
 
@@ -71,7 +76,7 @@ class Watched:
         return lambda x: (self.encoded.append(x), model.encode(x))[1]
 
     def _decode(self, model: Autoencoder) -> Any:
-        return lambda z: (self.decoded.append(z), model.decode(z))[1]
+        return lambda z, name="", *, from_prior=False: (self.decoded.append(z), model.decode(z))[1]
 
 
 def phases_of(
@@ -81,7 +86,7 @@ def phases_of(
     carry: dict[str, Tensor] = {}
     out = {}
     for phase in objective.phases(0):
-        result = phase.loss(Players(model.encode, model.decode, model.prior), x, draws, carry)
+        result = phase.loss(Players(model.encode, decoding(model), model.prior), x, draws, carry)
         carry.update(result.carry)
         weights = {n: p for n, p in model.named_parameters() if n.split(".")[0] in phase.trains}
         gradients = torch.autograd.grad(result.loss.sum() / BATCH, list(weights.values()))
@@ -196,7 +201,7 @@ def test_vae_by_hand() -> None:
     for given, scale in ((1.0, 1.0), (None, 0.5)):
         (phase,) = VaeConfig(beta_rec=0.4, beta_kl=0.3, scale=given).build((2,)).phases(0)
         assert phase.trains == ("encoder", "decoder")
-        out = phase.loss(Players(model.encode, model.decode, model.prior), x, Draws(noise), {})
+        out = phase.loss(Players(model.encode, decoding(model), model.prior), x, Draws(noise), {})
         q = model.encode(x)
         rec = (model.decode(q.mu + noise("z_post") * torch.exp(q.logvar / 2)) - x).square().sum(1)
         kl = 0.5 * (q.mu.square() + q.logvar.exp() - 1 - q.logvar).sum(1)
@@ -427,3 +432,23 @@ def test_paper_and_published_form_differ() -> None:
 def test_values_out_of_range(config: ObjectiveConfig, field: str) -> None:
     with pytest.raises(ValueError, match=rf"objective\.{field} is .*expected a number"):
         config.build((2,))
+
+
+def test_warm_up_scale_one_or_same() -> None:
+    shape, x, draws = (
+        (1, 4, 4),
+        torch.rand(3, 1, 4, 4, dtype=torch.float64),
+        Draws(lambda name: torch.zeros(3, 2).double()),
+    )
+    players = Players(
+        lambda x: Posterior(x.flatten(1)[:, :2], torch.zeros(len(x), 2).double()),
+        lambda z, name="", *, from_prior=False: z.sum(1).reshape(-1, 1, 1, 1).expand(-1, *shape),
+        Prior((2,)),
+    )
+    losses = {}
+    for choice in ("one", "same"):
+        objective = SoftIntroVaeConfig(vae_warmup_kimg=1, vae_warmup_scale=choice).build(shape)
+        (phase,) = objective.phases(0)
+        losses[choice] = phase.loss(players, x, draws, {}).loss
+        assert len(objective.phases(1000)) == 2
+    assert torch.allclose(losses["same"], losses["one"] / 16, rtol=1e-12)

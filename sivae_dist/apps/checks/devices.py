@@ -1,0 +1,110 @@
+"""GPUs, process groups, threads."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+from datetime import timedelta
+
+from sivae_dist.apps.checks.base import Check, command_output, ok, problem, warning, within
+
+_GROUP_S = 60.0
+
+
+def gpus() -> list[Check]:
+    """Torch's CUDA build against the machine's driver and devices; one small product on each device."""
+    import torch  # noqa: PLC0415
+
+    smi = command_output("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader")
+    there = smi.strip().splitlines() if smi else []
+    build = f"torch {torch.__version__}, CUDA build {torch.version.cuda or 'none'}"
+    if not torch.cuda.is_available():
+        if not there and not shutil.which("nvidia-smi"):
+            return [ok("gpu", f"{build}; no NVIDIA driver: training runs on the CPU")]
+        hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
+        if hidden is not None and not hidden.strip():
+            return [warning("gpu", f"{build}; CUDA_VISIBLE_DEVICES is empty: training runs on the CPU", "unset it")]
+        remedy = (
+            "update the driver, or install a torch built for it (pytorch.org, 'previous versions')"
+            if torch.version.cuda
+            else "install a CUDA build of torch (see pytorch.org)"
+        )
+        return [warning("gpu", f"{build} cannot use this machine's {'; '.join(there) or 'driver'}", remedy)]
+    found = []
+    built_for = torch.cuda.get_arch_list()
+    driver = there[0].rpartition(",")[2].strip() if there else "?"
+    for number in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(number)
+        major, minor = torch.cuda.get_device_capability(number)
+        gib = properties.total_memory / (1 << 30)
+        what = f"{properties.name}, {gib:.0f} GiB, compute capability {major}.{minor}, driver {driver}; {build}"
+        name = f"gpu {number}"
+        try:
+            value = torch.ones(8, 8, device=f"cuda:{number}")
+            works = float((value @ value).sum()) == 512.0
+        except RuntimeError as error:
+            text = str(error).splitlines()[0][:200]
+            remedy = (
+                f"this torch is built for {', '.join(built_for)}: install one built for {major}.{minor}, or free it"
+            )
+            found.append(problem(name, f"{what}: {text}", remedy))
+            continue
+        wrong = problem(name, f"{what}: a product of ones is wrong", "the device or its memory is faulty: replace it")
+        found.append(ok(name, what) if works else wrong)
+    return found
+
+
+def groups() -> list[Check]:
+    """A real gloo group of one process, NCCL's presence, and network interfaces named in the environment."""
+    import torch  # noqa: PLC0415
+    import torch.distributed as dist  # noqa: PLC0415
+    from torch.distributed import HashStore  # type: ignore[attr-defined]  # noqa: PLC0415
+
+    found = []
+    names = {name for _, name in socket.if_nameindex()}
+    for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        wanted = [w.lstrip("^=").split(":")[0] for w in os.environ.get(variable, "").split(",") if w]
+        if absent := [w for w in wanted if not any(n.startswith(w) for n in names)]:
+            what = f"{variable} names {', '.join(absent)}, this machine has {', '.join(sorted(names))}"
+            found.append(problem("network", what, f"set {variable} to one of them, or unset it"))
+    remedy = "name the network interface (export GLOO_SOCKET_IFNAME=eth0), and see that `hostname` is in /etc/hosts"
+    hung = problem("gloo", f"a group of one process did not start within {_GROUP_S:.0f} s", remedy)
+    if not (dist.is_available() and dist.is_gloo_available()):
+        return [*found, problem("gloo", "this torch has no gloo", "install a torch from pytorch.org")]
+
+    def gloo() -> list[Check]:
+        try:
+            dist.init_process_group(
+                "gloo", store=HashStore(), rank=0, world_size=1, timeout=timedelta(seconds=_GROUP_S / 2)
+            )
+            value = torch.ones(4)
+            dist.all_reduce(value)
+            dist.destroy_process_group()
+        except RuntimeError as error:
+            return [problem("gloo", f"a group of one process fails: {' '.join(str(error).split())[:300]}", remedy)]
+        return [ok("gloo", "a group of one process starts and sums")]
+
+    found += within(_GROUP_S, gloo, "gloo", hung)
+    if torch.cuda.is_available() and dist.is_nccl_available():
+        version = ".".join(map(str, torch.cuda.nccl.version()))  # type: ignore[no-untyped-call]
+        found.append(ok("nccl", version))
+    elif torch.cuda.is_available():
+        found.append(problem("nccl", "this torch has none, several GPUs cannot work together", "install another torch"))
+    else:
+        found.append(ok("nccl", "not needed without CUDA devices"))
+    return found
+
+
+def threads() -> list[Check]:
+    """Cores this process may use against the number of threads asked for."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    asked = os.environ.get("OMP_NUM_THREADS")
+    if asked is None:
+        return [ok("threads", f"{cores} usable cores; OMP_NUM_THREADS is unset (one process: torch uses all cores)")]
+    if not asked.isdecimal() or not int(asked):
+        return [problem("threads", f"OMP_NUM_THREADS is {asked!r}, expected a number", "unset or correct it")]
+    if int(asked) > cores:
+        what = f"OMP_NUM_THREADS is {asked}, more than the {cores} usable cores: threads would wait for each other"
+        return [warning("threads", what, f"set it to {cores} divided by the processes of this machine, or less")]
+    return [ok("threads", f"{cores} usable cores, OMP_NUM_THREADS={asked}")]

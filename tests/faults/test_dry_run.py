@@ -1,0 +1,125 @@
+"""`train --dry-run`: what it says is what a run then does, and it writes nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from commands import Runner, refused, write_config
+from torch import nn
+
+from sivae_dist.config import from_dict, read_yaml
+from sivae_dist.engine.dry_run import Held, times_due
+from sivae_dist.engine.schedule import due
+
+IMAGE = 3 * 16 * 16
+
+
+def listing(folder: Path) -> dict[str, tuple[int, int]]:
+    return {str(p): (p.stat().st_mtime_ns, p.stat().st_size) for p in sorted(folder.rglob("*"))}
+
+
+def number(pattern: str, text: str) -> float:
+    found = re.search(pattern, text)
+    assert found is not None, (pattern, text)
+    return float(found[1].replace(",", ""))
+
+
+def forward_flops(config: Path) -> tuple[float, float]:
+    """FLOPs of encoder and decoder, forwards, for one image, by the layers' sizes; and those of the first layer."""
+    model = from_dict(read_yaml(config), "test").model.build()
+    layers: list[float] = []
+
+    def count(layer: Any, inputs: Any, output: torch.Tensor) -> None:
+        per_output = layer.weight[0].numel()  # multiply-adds behind one output value
+        layers.append(2.0 * per_output * output.numel())
+
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            module.register_forward_hook(count)
+    model.eval()
+    model.decode(model.encode(torch.zeros(1, *model.sample_shape)).mu)
+    return sum(layers), layers[0]
+
+
+def test_of_a_new_run(run: Runner, packed: Path, tmp_path: Path) -> None:
+    changes: dict[str, Any] = {"objective": {"vae_warmup_kimg": 0.02}, "train": {"kimg": 0.06, "accumulation": 2}}
+    config = write_config(tmp_path / "c.yaml", packed, **changes)
+    before = listing(packed)
+    done = run("train", "--config", config, "--out", tmp_path / "run", "--dry-run")
+    assert done.status == 0, done
+    assert not (tmp_path / "run").exists() and listing(packed) == before
+    text = done.stdout
+    model = from_dict(read_yaml(config), "test").model.build()
+    for name in ("encoder", "decoder"):
+        assert number(rf"{name} +([\d,]+) parameters", text) == sum(
+            p.numel() for p in getattr(model, name).parameters()
+        )
+    # Two stretches: the warm-up of 2 iterations, then 4 of the adversarial phases.
+    assert re.findall(r"from ([\d.]+) kimg, (\d+) iterations", text) == [("0", "2"), ("0.02", "4")]
+    assert re.findall(r"phase (\w+) ", text) == ["joint", "encoder", "decoder"]
+    assert all(float(x) == float(x) for x in re.findall(r"loss ([^,]+),", text))
+    # Backwards costs twice forwards, except that nobody wants the gradient by the pixels.
+    flops, first = forward_flops(config)
+    assert number(r"phase joint .*?, ([\d.e-]+) GFLOP", text) * 1e9 == pytest.approx(3 * flops - first, rel=1e-3)
+    assert "40 samples, 1.50 epochs in the run" in text
+    assert "4 shards, 8 lanes" in text
+    assert "0 to 0.06 kimg, 6 iterations of 10 images" in text
+    assert "estimated time: " in text
+
+
+def test_what_it_announces_happens(run: Runner, config: Path, trained: Path, tmp_path: Path) -> None:
+    done = run("train", "--config", config, "--out", tmp_path / "run", "--dry-run")
+    rows = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+    assert number(r"([\d,]+) reports", done.stdout) == sum("kl/real" in row for row in rows) == 3
+    assert number(r"([\d,]+) evaluations", done.stdout) == sum("eval/psnr" in row for row in rows) == 1
+    assert number(r"([\d,]+) checkpoints", done.stdout) == 3
+    newest = max((trained / "checkpoints").glob("nimg-*"))
+    size = sum(p.stat().st_size for p in newest.glob("*.safetensors")) / (1 << 20)
+    assert number(r"a checkpoint takes ([\d.]+) MiB", done.stdout) == pytest.approx(size, rel=0.2)
+
+
+def test_of_a_run_that_has_begun(run: Runner, trained: Path, tmp_path: Path) -> None:
+    before = listing(trained)
+    config = trained.parent / "small.yaml"
+    done = run("train", "--config", config, "--out", trained, "--train.kimg", 0.1, "--dry-run")
+    assert done.status == 0, done
+    assert "0.06 to 0.1 kimg, 4 iterations" in done.stdout
+    finished = run("train", "--config", config, "--out", trained, "--dry-run")
+    assert finished.status == 0 and "0 iterations" in finished.stdout
+    assert listing(trained) == before
+    refused(run("train", "--config", config, "--out", trained, "--dry-run", "--model.zdim", 7), "zdim 6 (now 7)")
+
+
+def test_held_counts_each_storage_once_while_it_is_kept() -> None:
+    layer = nn.Linear(8, 8)
+    held = Held(layer)
+    x = torch.randn(4, 8, requires_grad=True)
+    with held.watching():
+        y = (layer(x).exp() * 1.0).tanh()  # keeps x (128 bytes), the exponential and the hyperbolic tangent
+        assert held.now == 3 * 4 * 8 * 4
+        y.sum().backward()
+        del y
+    assert held.now == 0
+    assert held.take_peak() == 3 * 4 * 8 * 4
+    assert held.take_peak() == 0
+
+
+@pytest.mark.parametrize("every", [0.0, 0.001, 0.007, 0.01, 0.025, 5.0])
+@pytest.mark.parametrize("start", [0, 30])
+def test_times_due(every: float, start: int) -> None:
+    ends = range(start + 10, 201, 10)
+    assert times_due(start, 200, 10, every) == sum(due(end, 10, every) or end == 200 for end in ends)
+    assert times_due(0, 3_000_000_000, 10, 50.0) == 60_000
+    assert times_due(200, 200, 10, every) == 0
+
+
+def test_it_prints_to_the_output_only(run: Runner, config: Path, tmp_path: Path) -> None:
+    done = run("train", "--config", config, "--out", tmp_path / "run", "--dry-run", "--resume", "never")
+    assert done.status == 0 and done.stdout.startswith("dry run: nothing is written to")
+    assert os.listdir(tmp_path) == ["small.yaml"]

@@ -1,0 +1,88 @@
+"""Every recipe in configs/ loads, builds its network, and has the published number of parameters where one is known."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from sivae_dist.config import RunConfig, from_dict, read_yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+RECIPES = {path.stem: path for path in sorted((ROOT / "configs").rglob("*.yaml"))}
+# Network of the public code -> its number of parameters.
+PUBLISHED = {
+    name: layout["n_parameters"]
+    for name, layout in json.loads((ROOT / "tests/golden/keys.json").read_text())["models"].items()
+}
+# Published numbers of networks whose key tables are not kept in the repository, counted on the public code.
+COUNTED = {
+    "residual_monsters128": 29_437_187,
+    "residual_celeb128": 32_583_171,
+    "residual_celeb256": 42_024_451,
+    "introvae_1024": 49_397_763,
+    "style_ffhq256": 53_926_805,
+    "style_celebahq256": 53_926_805,
+}
+# Recipe -> network. None: no network of these sizes was published (the recipe's comment says what is taken instead).
+NETWORKS = {
+    "celeba128_introvae": None,
+    "celeba128_residual": "residual_celeb128",
+    "celeba256_residual": "residual_celeb256",
+    "celebahq1024_introvae": "introvae_1024",
+    "celebahq1024_residual": "residual_celeb1024",
+    "celebahq128_residual": "residual_celeb128",
+    "celebahq256_introvae": "introvae_256",
+    "celebahq256_residual": "residual_celeb256",
+    "celebahq256_style": "style_celebahq256",
+    "cifar10_residual": "residual_cifar10",
+    "fashionmnist_residual": "residual_mnist",
+    "ffhq256_style": "style_ffhq256",
+    "lsunbedroom128_introvae": None,
+    "lsunbedroom256_introvae": "introvae_256",
+    "mnist_residual": "residual_mnist",
+    "monsters128_residual": "residual_monsters128",
+    "quickstart": None,
+    "svhn_residual": "residual_cifar10",
+}
+
+
+def load(recipe: str) -> RunConfig:
+    return from_dict(read_yaml(RECIPES[recipe]), str(RECIPES[recipe]))
+
+
+def test_every_recipe_is_accounted_for() -> None:
+    assert RECIPES.keys() == NETWORKS.keys()
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_network(recipe: str) -> None:
+    config = load(recipe)
+    with torch.device("meta"):
+        model = config.model.build()
+    config.objective.build(model.sample_shape)
+    network = NETWORKS[recipe]
+    if network is not None:
+        assert sum(p.numel() for p in model.parameters()) == {**COUNTED, **PUBLISHED}[network]
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_says_where_it_comes_from(recipe: str) -> None:
+    lines = RECIPES[recipe].read_text().splitlines()
+    comment = " ".join(line for line in lines if line.startswith("#"))
+    assert "Provenance:" in comment or recipe == "quickstart"
+
+
+@pytest.mark.parametrize("recipe", [name for name in RECIPES if name != "quickstart"])
+def test_trains_on_data_of_its_name_and_size(recipe: str) -> None:
+    config, dataset = load(recipe), recipe.rpartition("_")[0]
+    assert config.data.url == f"data/{dataset}"  # type: ignore[attr-defined]
+    size = config.model.image_size  # type: ignore[attr-defined]
+    assert dataset.endswith(str(size)) or (size in (28, 32) and dataset != "celeba")
+
+
+@pytest.mark.parametrize("recipe", ["cifar10_residual", "svhn_residual", "mnist_residual", "fashionmnist_residual"])
+def test_digits_are_not_mirrored(recipe: str) -> None:
+    assert load(recipe).data.mirror is False  # type: ignore[attr-defined]
