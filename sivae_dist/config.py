@@ -26,6 +26,7 @@ from sivae_dist.engine.evaluate import EvalConfig
 from sivae_dist.engine.guard import GuardConfig
 from sivae_dist.engine.optim import OptimConfig
 from sivae_dist.engine.precision import PrecisionConfig
+from sivae_dist.engine.progressive import GrowthConfig
 from sivae_dist.engine.schedule import TrainConfig
 from sivae_dist.engine.tracking import TrackingConfig
 from sivae_dist.errors import UserError, nearest
@@ -55,12 +56,20 @@ class RunConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    progressive: GrowthConfig = field(default_factory=GrowthConfig)
     ema: EmaConfig = field(default_factory=EmaConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
     controller: ControllerConfig = field(default_factory=ControllerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+
+    def __post_init__(self) -> None:
+        if self.progressive.enabled and self.controller.enabled:
+            raise UserError(
+                "progressive.enabled and controller.enabled are both True, and both would set objective.beta_neg",
+                "switch one of them off",
+            )
 
 
 def from_dict(values: dict[str, Any], source: str) -> RunConfig:

@@ -90,7 +90,7 @@ def import_published(
         "plan_salt": 0,
         "sums": {},
         "metrics": {},
-        "data": None,  # not known; see engine.resume
+        "data": "",  # not known; see engine.resume
         "config": to_dict(config),
         "imported": {key: facts[key] for key in ("file", "sha256", "format", "epoch")},
     }

@@ -152,44 +152,27 @@ def _measure(trainer: Trainer) -> Measured:
 
 
 def propose_soft(m: Measured, *, beta_rec: float, beta_kl: float) -> Proposal:
-    """Soft-IntroVAE: beta_neg from the KL at which fakes should settle.
-
-    The encoder pushes the KL of a fake up with scale beta_neg exp(-alpha scale (beta_rec rec + beta_neg kl)), the
-    decoder pulls it down with scale gamma beta_kl. They balance at
-        kl = ((D / alpha) ln(beta_neg / (gamma beta_kl)) - beta_rec rec) / beta_neg,      scale = 1 / D,
-    which falls as beta_neg grows. beta_neg is chosen so that this lies at LEAD times the KL of real data.
-    """
-    published = SoftIntroVaeConfig()
-    per_alpha, target = m.dimensions / published.alpha, LEAD * max(m.kl_real, 1.0)
-
-    def surplus(beta_neg: float) -> float:
-        balance = per_alpha * math.log(beta_neg / (published.gamma * beta_kl)) - beta_rec * m.rec_fake
-        return balance - beta_neg * target
-
-    strongest = per_alpha / target  # where the surplus is greatest
-    low, high, warnings = strongest, 2 * strongest, []
-    if surplus(strongest) > 0:
-        while surplus(high) > 0:
-            high *= 2
-        for _ in range(60):
-            middle = (low + high) / 2
-            low, high = (middle, high) if surplus(middle) > 0 else (low, middle)
-    else:
+    """Soft-IntroVAE: the beta_neg with which fakes settle at LEAD times the KL of real data (settling_beta_neg)."""
+    alpha, target = SoftIntroVaeConfig().alpha, LEAD * max(m.kl_real, 1.0)
+    objective = SoftIntroVaeConfig(beta_rec=beta_rec, beta_kl=beta_kl).build((m.dimensions,))
+    wanted = objective.settling_beta_neg(target, m.rec_fake)
+    warnings = []
+    if math.isclose(wanted, m.dimensions / (alpha * target)):  # the strongest, which is not enough
         warnings.append(
             f"no beta_neg makes fakes settle as high as {target:.3g} nats: the strongest one is proposed; consider a "
-            "smaller beta_kl, or a lower latent dimension"
+            "smaller beta_kl, or fewer latent dimensions"
         )
-    beta_neg = _round(low)
+    beta_neg = _round(wanted)
     reasons = [
         f"beta_rec {beta_rec:g} and beta_kl {beta_kl:g} are those of the warm-up, for which the KL was measured.",
         f"beta_neg {beta_neg:g}: with it the encoder's push on fakes and the decoder's pull balance at a KL of "
         f"{target:.3g} nats, {LEAD:g} times that of real images ({m.kl_real:.3g}). More of it lowers that point: fakes "
         "then count as hopeless and are left alone, and kl_real overtakes kl_fake; much less never pushes at all.",
         f"An image like the real ones would get exp(alpha ELBO) = "
-        f"{math.exp(-(beta_rec * m.rec + beta_neg * m.kl_real) / per_alpha):.2g}.",
+        f"{math.exp(-alpha * (beta_rec * m.rec + beta_neg * m.kl_real) / m.dimensions):.2g}.",
     ]
-    objective = {"name": "soft_introvae", "beta_rec": beta_rec, "beta_kl": beta_kl, "beta_neg": beta_neg}
-    return Proposal(objective, reasons, warnings)
+    section = {"name": "soft_introvae", "beta_rec": beta_rec, "beta_kl": beta_kl, "beta_neg": beta_neg}
+    return Proposal(section, reasons, warnings)
 
 
 def propose_hinge(m: Measured, *, beta_rec: float, beta_kl: float) -> Proposal:

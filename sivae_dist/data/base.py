@@ -6,7 +6,7 @@ The state of the data is one integer, the number of images served to all ranks t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -87,8 +87,11 @@ class Stream(Protocol):
     fingerprint: str  # hash of the data manifest; stored in the run, compared on resume and across ranks
     held_out_split: str  # name of the split that held_out() serves
 
-    def batches(self, start: int, size: int) -> Iterator[HostBatch]:
-        """Endless: this rank's samples of the global batches [start, start+size), [start+size, start+2 size), ..."""
+    def batches(self, start: int, size: int | Callable[[int], int]) -> Iterator[HostBatch]:
+        """Endless: this rank's samples of the global batches [start, start+size), [start+size, start+2 size), ...
+
+        size: of all batches, or a function of the position where a batch starts.
+        """
         ...
 
     def held_out(self, limit: int, batch: int) -> list[HostBatch]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -117,14 +117,15 @@ class _Pictures(Dataset[HostBatch]):
 class _Positions:
     """This rank's positions of one global batch after another, endlessly: what the DataLoader calls a batch sampler."""
 
-    def __init__(self, plan: Plan, start: int, size: int, rank: int, ranks: int) -> None:
+    def __init__(self, plan: Plan, start: int, size: int | Callable[[int], int], rank: int, ranks: int) -> None:
         self.plan, self.start, self.size, self.rank, self.ranks = plan, start, size, rank, ranks
 
     def __iter__(self) -> Iterator[list[int]]:
         start = self.start
         while True:
-            yield self.plan.owned(start, self.size, self.rank, self.ranks).tolist()
-            start += self.size
+            size = self.size if isinstance(self.size, int) else self.size(start)
+            yield self.plan.owned(start, size, self.rank, self.ranks).tolist()
+            start += size
 
 
 def _unchanged(batch: Any) -> Any:
@@ -208,9 +209,12 @@ class ShardStream:
         self._held_out = _Settings(config.url, m, m.of(self.held_out_split), None, None)
         self._running: weakref.WeakSet[_Batches] = weakref.WeakSet()
 
-    def batches(self, start: int, size: int) -> Iterator[HostBatch]:
-        """Endless: this rank's samples of the global batches [start, start+size), [start+size, start+2 size), ..."""
-        if start < 0 or size < 1:
+    def batches(self, start: int, size: int | Callable[[int], int]) -> Iterator[HostBatch]:
+        """Endless: this rank's samples of the global batches [start, start+size), [start+size, start+2 size), ...
+
+        size: of all batches, or a function of the position where a batch starts.
+        """
+        if start < 0 or (isinstance(size, int) and size < 1):
             raise ValueError(f"batches from position {start} of size {size}")
         positions = _Positions(self.plan, start, size, self.rank, self.ranks)
         return self._start(_Batches(_Pictures(self._train), positions, self.config, self.config.workers))

@@ -29,7 +29,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from sivae_dist.engine.lreq_adam import LreqAdam
 from sivae_dist.engine.run_folder import write_atomic
 from sivae_dist.errors import UserError
 
@@ -82,8 +81,7 @@ def restore(saved: Snapshot, model: nn.Module, ema: nn.Module, optimizers: dict[
             if not stored:  # it was never stepped
                 optimizer.state.pop(parameter, None)
                 continue
-            moments = MOMENTS[1:] if isinstance(optimizer, LreqAdam) else MOMENTS
-            expected = dict.fromkeys(moments, parameter.shape) | {"step": torch.Size()}
+            expected = dict.fromkeys(_moments(optimizer), parameter.shape) | {"step": torch.Size()}
             if {key: value.shape for key, value in stored.items()} != expected:
                 got = ", ".join(f"{key} {tuple(value.shape)}" for key, value in stored.items())[:200]
                 raise UserError(
@@ -94,6 +92,12 @@ def restore(saved: Snapshot, model: nn.Module, ema: nn.Module, optimizers: dict[
                 key: torch.empty_like(parameter).copy_(value) if key in MOMENTS else value.float()
                 for key, value in stored.items()
             }
+
+
+def _moments(optimizer: Optimizer) -> tuple[str, ...]:
+    """Names of the state tensors that have a parameter's shape: Adam's, unless the optimizer says otherwise."""
+    moments: tuple[str, ...] = getattr(optimizer, "moments", MOMENTS)
+    return moments
 
 
 def load_weights(module: nn.Module, tensors: dict[str, Tensor], what: str) -> None:

@@ -1,4 +1,4 @@
-"""Keeps fakes recognisable: holds the KL gap above a floor by slowly moving the objective's strength.
+"""Keeps fakes recognisable: when the KL gap is too small, slowly moves the objective's strength to where it is not.
 
 The encoder tells real data from fakes by their KL, so kl_gap = kl_fake - kl_real is its lead over the decoder. When it
 is gone (users see kl_real > kl_fake), fakes are no longer pushed away and the introspective game is over.
@@ -23,11 +23,10 @@ class ControllerConfig:
     enabled: bool = False
     """Off: the strength stays what the objective's section says, as published."""
     kl_gap: float = 5.0
-    """Floor in nats: while kl_fake - kl_real is below it, the strength moves to where it pushes fakes harder."""
-    ceiling: float | None = None
-    """While the gap is above this many nats, the strength moves the other way. None never does that."""
+    """Floor in nats: while kl_fake - kl_real is below it, the strength moves towards the value with which fakes settle
+    this far above real data."""
     rate: float = 1.1
-    """Factor by which the strength changes in 1000 images."""
+    """Largest factor by which the strength changes in 1000 images."""
     every_kimg: float = 1.0
     """The gap is averaged over this many thousand images before the strength moves."""
     min: float | None = None
@@ -40,11 +39,6 @@ class ControllerConfig:
             raise UserError(
                 f"controller: rate {self.rate}, every_kimg {self.every_kimg} are not all in range",
                 "rate must be above 1, every_kimg positive",
-            )
-        if self.ceiling is not None and self.ceiling <= self.kl_gap:
-            raise UserError(
-                f"controller.ceiling is {self.ceiling}, not above the floor controller.kl_gap {self.kl_gap}",
-                "raise it, or leave it out",
             )
         if not 0 < (self.min or 1e-300) <= (self.max or float("inf")):
             raise UserError(
@@ -86,18 +80,13 @@ class Controller:
             return
         means = self.meters.means()
         gap = means.get("kl/gap")
-        if gap is None:  # a warm-up, or nothing finite: there are no fakes to judge by
+        if gap is None or gap >= self.config.kl_gap:  # without a gap: a warm-up, or nothing was finite
             return
-        harder = self.strength.harder(self.strength.value, means["kl/fake"])
-        if gap < self.config.kl_gap:
-            self._move(harder)
-        elif self.config.ceiling is not None and gap > self.config.ceiling:
-            self._move(-harder)
-
-    def _move(self, direction: int) -> None:
-        assert self.strength is not None
-        factor = self.config.rate ** (direction * self.config.every_kimg)
-        self.strength.value = min(max(self.strength.value * factor, self.low), self.high)
+        level = means["kl/real"] + self.config.kl_gap
+        wanted = self.strength.settles(level, means.get("encoder/rec_fake", 0.0))
+        step = self.config.rate**self.config.every_kimg
+        value = min(max(wanted, self.strength.value / step), self.strength.value * step)
+        self.strength.value = min(max(value, self.low), self.high)
 
     def values(self) -> dict[str, float]:
         """The tag `controller/beta_neg` or `controller/margin`."""

@@ -58,4 +58,7 @@ def load(path: str | Path, *, average: bool = True, device: str | torch.device =
     config = from_dict(saved.state.get("config", {}), f"{found}/state.json")
     model = config.model.build()
     checkpoint.load_weights(model, saved.tensors["ema" if average else "weights"], str(found))
+    if config.progressive.enabled:  # a model that still grows is used at the level it has reached
+        stage = config.progressive.at(max(0, saved.nimg - 1), model.levels)
+        model.set_level(stage.level, stage.blend)
     return Trained(model.to(device), config, saved.nimg)

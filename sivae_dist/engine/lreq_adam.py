@@ -17,6 +17,8 @@ class LreqAdam(Optimizer):
     are left alone and their t stands still. State: `step` (on the host, as torch's own keeps it) and `exp_avg_sq`.
     """
 
+    moments = ("exp_avg_sq",)  # state tensors of a parameter's shape; checkpoints ask for them
+
     def __init__(self, params: Any, *, lr: float, beta2: float = 0.99, eps: float = 1e-8) -> None:
         super().__init__(params, {"lr": lr, "beta2": beta2, "eps": eps})
 

@@ -77,9 +77,13 @@ class OptimConfig:
             return LreqAdam(groups, lr=settings.lr, beta2=settings.beta2, eps=settings.eps)
         return torch.optim.Adam(groups, lr=settings.lr, betas=(settings.beta1, settings.beta2), eps=settings.eps)
 
-    def apply(self, optimizers: dict[str, Optimizer], nimg: int) -> dict[str, float]:
-        """Sets the learning rates due at `nimg`; returns them by player, without the parameters' multipliers."""
-        rates = {"encoder": self.encoder.lr * self.factor(nimg), "decoder": self.decoder.lr * self.factor(nimg)}
+    def apply(self, optimizers: dict[str, Optimizer], nimg: int, lr: float | None = None) -> dict[str, float]:
+        """Sets the learning rates due at `nimg`; returns them by player, without the parameters' multipliers.
+
+        lr: replaces both players' own (progressive growing has one a level).
+        """
+        own = {"encoder": lr or self.encoder.lr, "decoder": lr or self.decoder.lr}
+        rates = {player: rate * self.factor(nimg) for player, rate in own.items()}
         for name, rate in rates.items():
             for group in optimizers[name].param_groups:
                 group["lr"] = rate * group["multiplier"]

@@ -43,6 +43,8 @@ class GrowthConfig:
     Defaults: the public FFHQ recipe on four GPUs, 16 epochs of 60,000 images a level.
     """
 
+    enabled: bool = False
+    """Off: the model works at its full resolution from the start."""
     level_kimg: float = 960.0
     """Thousand images that each level lasts."""
     fade_kimg: float = 480.0
@@ -83,6 +85,11 @@ class GrowthConfig:
             blend = 0.5 - 0.5 * math.cos(math.pi * into / fade)
         behind = self.level(max(0, nimg - _images(self.beta_neg_lag_kimg)), levels)
         return Stage(level, blend, _held(self.batch, level), _held(self.lr, level), _held(self.beta_neg, behind))
+
+
+def resized(x: Tensor, size: int) -> Tensor:
+    """Images (B, C, H, W) area-averaged to `size` pixels a side, a whole fraction of H; unchanged at that size."""
+    return x if x.shape[-1] == size else functional.avg_pool2d(x, x.shape[-1] // size)
 
 
 def blended(x: Tensor, blend: float) -> Tensor:

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from sivae_dist.config import RunConfig, to_dict
+from sivae_dist.config import RunConfig, from_dict, to_dict
 from sivae_dist.data import Stream
 from sivae_dist.engine import checkpoint
 from sivae_dist.engine.checkpoint import Snapshot
@@ -17,7 +17,7 @@ from sivae_dist.models import Autoencoder
 
 # A resumed run must agree with its checkpoint in these: they fix what the weights mean and which sample comes when.
 NEEDED = ("plan_salt", "sums", "data", "config")
-FIXED = ("model", "train.seed", "data.split", "data.lanes", "data.window", "data.mirror")
+FIXED = ("model", "progressive", "train.seed", "data.split", "data.lanes", "data.window", "data.mirror")
 
 
 def find(run: RunFolder, resume_from: str, config: RunConfig) -> Snapshot | None:
@@ -35,7 +35,7 @@ def find(run: RunFolder, resume_from: str, config: RunConfig) -> Snapshot | None
     saved = checkpoint.read(path)
     if missing := [name for name in NEEDED if name not in saved.state]:
         raise UserError(f"the checkpoint {path} has no {' and no '.join(missing)} to go on from", "resume from another")
-    stored, wanted = saved.state.get("config", {}), to_dict(config)
+    stored, wanted = _complete(saved.state["config"], str(path)), to_dict(config)
     for key in FIXED:
         before, now = _get(stored, key), _get(wanted, key)
         if before != now:
@@ -59,11 +59,11 @@ def reading_state_of(saved: Snapshot) -> Iterator[None]:
         ) from error
 
 
-def check_fits(stream: Stream, model: Autoencoder, saved: Snapshot | None) -> None:
+def check_fits(stream: Stream, sample_shape: tuple[int, ...], model: Autoencoder, saved: Snapshot | None) -> None:
     """Raises UserError when data and model, or data and checkpoint, do not belong together."""
-    if stream.sample_shape != model.sample_shape:
+    if stream.sample_shape != sample_shape:
         raise UserError(
-            f"the data have shape {_shape(stream.sample_shape)}, the model takes {_shape(model.sample_shape)}",
+            f"the data have shape {_shape(stream.sample_shape)}, the model takes {_shape(sample_shape)}",
             "pack the data at the model's resolution (sivae-dist data pack --resolution ...), or set model.image_size "
             "and model.channels_in to the data's",
         )
@@ -72,12 +72,20 @@ def check_fits(stream: Stream, model: Autoencoder, saved: Snapshot | None) -> No
             f"model.condition_dim is {model.condition_dim}, the data have {stream.classes} classes",
             "set model.condition_dim to the number of classes (`sivae-dist data info` shows it), or to 0",
         )
-    # An imported checkpoint names no data: the first run that goes on from it may bring its own.
-    if saved is not None and saved.state["data"] is not None and saved.state["data"] != stream.fingerprint:
+    # An imported checkpoint names no data (""): the first run that goes on from it may bring its own.
+    if saved is not None and saved.state["data"] not in ("", stream.fingerprint):
         raise UserError(
             "the data are not those the checkpoint was trained on (the manifests' hashes differ)",
             "point data.url at the same shards, or start a new run with another --out",
         )
+
+
+def _complete(stored: dict[str, Any], source: str) -> dict[str, Any]:
+    """A stored configuration with today's defaults for what did not exist when it was written."""
+    try:
+        return to_dict(from_dict(stored, source))
+    except UserError:  # it has what no longer exists: then compare what is there
+        return stored
 
 
 def _get(values: dict[str, Any], dotted: str) -> Any:

@@ -23,6 +23,7 @@ from sivae_dist.engine.clock import Clock, memory
 from sivae_dist.engine.controller import Controller
 from sivae_dist.engine.ema import Ema
 from sivae_dist.engine.evaluate import Evaluator
+from sivae_dist.engine.growing import Growing
 from sivae_dist.engine.guard import Guard
 from sivae_dist.engine.iteration import Iteration
 from sivae_dist.engine.loss_scale import LossScales
@@ -84,6 +85,7 @@ class Trainer:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.precision.tf32
         self.layout = torch.channels_last if config.precision.channels_last else torch.contiguous_format
         self.model = self._build_model()
+        self.sample_shape = self.model.sample_shape  # at its finest level
         players = {"encoder": self.model.encoder, "decoder": self.model.decoder}
         self.optimizers = config.optim.build(players)
         strategy = Replicated(players, self.optimizers, self.group, clip_norm=config.optim.clip_norm)
@@ -94,6 +96,8 @@ class Trainer:
         self.scales = LossScales.of_config(config.precision)
         objective = build_objective(config, self.model)
         self.controller = Controller(config.controller, objective, Meters(self.group, self.device))
+        models = (self.model, self.ema.model)
+        self.growing = Growing(config.progressive, models, self.optimizers, objective, batch=config.train.batch)
         self.iteration = Iteration(
             self.model,
             objective,
@@ -113,7 +117,7 @@ class Trainer:
                 self.guard.load(saved.state.get("guard", {}))
                 self.salt, self.good = int(saved.state["plan_salt"]), saved.path
         self.stream = self._open_stream()
-        resume.check_fits(self.stream, self.model, saved)
+        resume.check_fits(self.stream, self.sample_shape, self.model, saved)
         self.evaluator = Evaluator(config.eval, self.stream, self.group, self.device, precision, config.train.seed)
         self.newest: dict[str, float] = {}  # latest value of every metric, for the progress line
 
@@ -134,19 +138,22 @@ class Trainer:
         self.meters.load(saved.state["sums"])
         self.scales.load(saved.state.get("loss_scales", {}))
         self.controller.load(saved.state.get("controller", {}))
+        self.growing.load(saved.state.get("growing", {}), self.nimg)
 
     def run(self) -> bool:
         """The loop, then the summary. Returns whether the end was reached (else the run was asked to stop)."""
-        config, total, size = self.config, self.config.train.total_nimg, self.config.train.batch
+        config, growing, total = self.config, self.growing, self.config.train.total_nimg
         self._describe()
         self.tracker = Tracker(config.tracking, self.folder, resumed_nimg=self.nimg, is_main=self.group.is_main)
         self.writer = CheckpointWriter(config.checkpoint, self.folder.checkpoints)
         self.progress = Progress(total, self.nimg, enabled=config.tracking.progress and self.group.is_main)
         self.clock = Clock()
 
-        if self.nimg == 0 and config.eval.at_start:
-            self._evaluate()
-        batches = self.stream.batches(self.nimg, size)
+        if self.nimg == 0:
+            growing.enter(0)
+            if config.eval.at_start:
+                self._evaluate()
+        batches = self.stream.batches(self.nimg, growing.size)
         stopped = save_due = False
         try:
             with StopSignals(self.group, config.train.minutes) as stop:
@@ -154,12 +161,15 @@ class Trainer:
                     self.clock.begin()
                     host_batch = self._next(batches)
                     self.clock.data_arrived()
+                    growing.enter(self.nimg)
                     batch = host_batch.to(self.device, self.model.input_range, memory_format=self.layout)
-                    rates = config.optim.apply(self.optimizers, self.nimg)
+                    batch = growing.prepare(batch, self.nimg)
+                    rates = config.optim.apply(self.optimizers, self.nimg, growing.lr(self.nimg))
+                    size = growing.size(self.nimg)
                     report = self.iteration(batch, nimg=self.nimg, global_batch=size)
                     self.nimg += size
                     if not self.guard.passed(report.skip, self.nimg):
-                        batches = self._roll_back(size)
+                        batches = self._roll_back()
                         continue
                     self.ema.update(self.model, self.nimg, size)
                     self.meters.add(report, size)
@@ -172,7 +182,7 @@ class Trainer:
                     finished = self.nimg >= total
                     results: dict[str, float] = {}
                     if due(self.nimg, size, config.tracking.every_kimg) or finished:
-                        self._report(rates)
+                        self._report(rates, size)
                         self.progress.show(self.newest)
                     if due(self.nimg, size, config.eval.every_kimg) or finished:
                         results = self._evaluate()
@@ -195,7 +205,7 @@ class Trainer:
         try:
             return next(batches)
         except UserError:
-            size, every = self.config.train.batch, self.config.checkpoint.every_kimg
+            size, every = self.growing.size(self.nimg), self.config.checkpoint.every_kimg
             trained_here = self.clock.steps_ever > 0 and not due(self.nimg, size, every)
             if trained_here and self.group.ranks == 1:  # other ranks would have to agree, and they wait elsewhere
                 self._save({})
@@ -208,11 +218,12 @@ class Trainer:
             facts |= {"data": self.stream.fingerprint, "evaluated_on": self.stream.held_out_split}
             write_json(self.folder.manifest, {**environment(), **facts})
 
-    def _report(self, rates: dict[str, float]) -> None:
+    def _report(self, rates: dict[str, float], size: int) -> None:
         """Means since the last report, speeds, memory: one row of metrics."""
         values = self.meters.means() | {f"lr/{player}": rate for player, rate in rates.items()}
         values |= self.clock.read() | memory(self.device)
         values |= self.guard.counts() | self.scales.values() | self.controller.values()
+        values |= self.growing.values(self.nimg - size)
         values["data/epoch"] = self.nimg / self.stream.epoch_size
         self.tracker.scalars(self.nimg, values)
         self.newest |= values
@@ -248,13 +259,14 @@ class Trainer:
             "guard": self.guard.state(),
             "loss_scales": self.scales.state(),
             "controller": self.controller.state(),
+            "growing": self.growing.state(),
             "metrics": results,
             "data": self.stream.fingerprint,
             "config": to_dict(self.config),
         }
         self.writer.save(checkpoint.snapshot(self.nimg, self.model, self.ema.model, self.optimizers, state))
 
-    def _roll_back(self, size: int) -> Iterator[HostBatch]:
+    def _roll_back(self) -> Iterator[HostBatch]:
         """To the last good checkpoint, or the beginning; from there on with other data order and noise."""
         self.guard.roll_back(self.nimg, self.good.name if self.good else "the beginning")
         if self.group.is_main:
@@ -266,7 +278,7 @@ class Trainer:
         self.stream.close()
         self.salt += 1
         self.stream = self._open_stream()
-        return self.stream.batches(self.nimg, size)
+        return self.stream.batches(self.nimg, self.growing.size)
 
     def _beginning(self) -> Snapshot:
         """The state before the first image, made anew from the seed."""

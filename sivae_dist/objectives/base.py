@@ -109,18 +109,18 @@ class Phase:
 
 @dataclass
 class Strength:
-    """The one number of an objective that may be changed between iterations: how hard fakes are told from real data.
+    """The one number of an objective that may be changed between iterations: it decides where the KL of fakes settles.
 
     The phases stay pure: they read `value` and never write it.
 
-    name:   the configuration field it starts from and stands in for ("beta_neg", "margin").
-    value:  what the phases use.
-    harder: (strength, mean kl_fake in nats) -> +1 or -1, the direction in which a change pushes the KL of fakes up.
+    name:    the configuration field it starts from and stands in for ("beta_neg", "margin").
+    value:   what the phases use.
+    settles: (kl in nats, mean rec of fakes) -> the value with which fakes settle at about that KL.
     """
 
     name: str
     value: float
-    harder: Callable[[float, float], int]
+    settles: Callable[[float, float], float]
 
 
 class Objective(Protocol):

@@ -58,7 +58,7 @@ class IntroVae:
 
     def __init__(self, config: IntroVaeConfig, sample_shape: tuple[int, ...]) -> None:
         self.config = config
-        self.strength = Strength("margin", config.margin, harder=lambda margin, kl_fake: 1)
+        self.strength = Strength("margin", config.margin, settles=lambda kl, rec: kl)  # section 4.3
         self.warmup = Vae(VaeConfig(rec_loss=config.rec_loss), sample_shape)
         neg = config.beta_neg if config.decoder_weight == "paper" else 1.0
         self.encoder_alpha = config.beta_kl * config.beta_neg / FAKE_SOURCES

@@ -93,7 +93,7 @@ class SoftIntroVae:
 
     def __init__(self, config: SoftIntroVaeConfig, sample_shape: tuple[int, ...]) -> None:
         self.config = config
-        self.strength = Strength("beta_neg", config.beta_neg, self._harder)
+        self.strength = Strength("beta_neg", config.beta_neg, self.settling_beta_neg)
         self.scale = 1 / math.prod(sample_shape) if config.scale is None else config.scale
         self.reduce = data_reduction(config.rec_loss, config.rec_real_reduction, sample_shape)
         # The order of the sources is that of the public image code, which decides the running statistics.
@@ -118,11 +118,32 @@ class SoftIntroVae:
             Phase("decoder", ("decoder",), self.decoder_loss),
         )
 
-    def _harder(self, beta_neg: float, kl_fake: float) -> int:
-        """Where the derivative of exp(alpha ELBO)/alpha by kl_fake, beta_neg scale exp(-alpha scale beta_neg kl_fake),
-        grows with beta_neg: below 1 / (alpha scale kl_fake). Above, fakes count as hopeless and are left alone.
+    def settling_beta_neg(self, kl: float, rec: float = 0.0) -> float:
+        """beta_neg with which the KL of fakes settles at `kl`; rec: what their reconstruction error then is.
+
+        The encoder pushes a fake's KL up with scale beta_neg exp(-alpha scale (beta_rec rec + beta_neg kl)), the
+        decoder pulls it down with scale gamma beta_kl. They are equal at
+            kl = (ln(beta_neg / (gamma beta_kl)) / (alpha scale) - beta_rec rec) / beta_neg,
+        which rises up to beta_neg = e gamma beta_kl (for rec = 0) and falls from there on. Of the two solutions this is
+        the larger, whose push fades quickly above kl, so that nothing runs away. If no beta_neg reaches kl: the one
+        that pushes hardest there.
         """
-        return 1 if self.config.alpha * self.scale * beta_neg * kl_fake < 1 else -1
+        c, unit = self.config, 1 / (self.config.alpha * self.scale)
+        pull = max(c.gamma * c.beta_kl, 1e-12)
+
+        def surplus(beta_neg: float) -> float:
+            return unit * math.log(beta_neg / pull) - c.beta_rec * rec - beta_neg * kl
+
+        low = unit / kl  # where the surplus is greatest
+        if surplus(low) <= 0:
+            return low
+        high = 2 * low
+        while surplus(high) > 0:
+            high *= 2
+        for _ in range(60):
+            middle = (low + high) / 2
+            low, high = (middle, high) if surplus(middle) > 0 else (low, middle)
+        return low
 
     def _elbo(self, rec: Tensor, kl_: Tensor, beta_kl: float) -> Tensor:
         return t.elbo(rec, kl_, scale=self.scale, beta_rec=self.config.beta_rec, beta_kl=beta_kl)

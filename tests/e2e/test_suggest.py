@@ -55,8 +55,8 @@ def test_what_no_beta_neg_can_do_is_said() -> None:
 def test_margin_lies_above_most_of_the_data() -> None:
     assert propose_hinge(measured(kl_real_q95=107.0), beta_rec=1.0, beta_kl=1.0).objective["margin"] == 120
     off = propose_hinge(measured(rec=4000.0), beta_rec=1.0, beta_kl=1.0)
-    assert "--beta-rec 0.0083" in off.warnings[0]
-    assert not propose_hinge(measured(rec=4000.0), beta_rec=0.0083, beta_kl=1.0).warnings
+    assert "--beta-rec 0.0082" in off.warnings[0]
+    assert not propose_hinge(measured(rec=4000.0), beta_rec=0.0082, beta_kl=1.0).warnings
 
 
 @pytest.mark.parametrize("objective", ["soft_introvae", "introvae"])

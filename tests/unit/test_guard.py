@@ -67,6 +67,24 @@ def test_examine_names_what_is_not_finite() -> None:
     assert overflown.text() == "the sum over ranks of the gradient of the decoder"
 
 
+class SecondRank(Group):
+    """As rank 0 sees it: rank 1 has a non-finite `rec`, this rank has none."""
+
+    def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.add_(torch.tensor([0.0, 1.0, 0.0, 0.0]))
+
+    def texts(self, text: str) -> list[str]:
+        return [text, "encoder/rec"]
+
+
+def test_a_term_of_another_rank_counts_although_its_gradient_is_finite() -> None:
+    sums = {"rec": torch.tensor(2.0), "loss": torch.tensor(3.0)}
+    fine = Gradient(torch.tensor(1.0), torch.tensor(1.0))
+    skip = examine("encoder", torch.ones(2), sums, {"encoder": fine}, SecondRank())
+    assert skip is not None
+    assert (skip.text(), skip.count, skip.forward) == ("rank 1: encoder/rec", 1, True)
+
+
 def test_a_skipped_first_phase_leaves_everything_as_it_was() -> None:
     step = iteration()
     step(batch(), nimg=0, global_batch=6)

@@ -133,14 +133,16 @@ def spoil(monkeypatch: pytest.MonkeyPatch, first: int, last: int) -> None:
 def test_without_a_checkpoint_back_to_the_beginning(
     config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    spoil(monkeypatch, 20, 60)
-    spoilt = train_here(config, tmp_path / "spoilt", guard={"patience": 3}, train={"kimg": 0.2})
+    spoil(monkeypatch, 60, 100)
+    late: dict[str, Any] = {"train": {"kimg": 0.2}, "checkpoint": {"every_kimg": 1}}
+    spoilt = train_here(config, tmp_path / "spoilt", guard={"patience": 3}, **late)
     monkeypatch.undo()
     assert results(spoilt)[0]["nimg"] == 0
     assert next(row for row in reversed(results(spoilt)) if "guard/skipped" in row)["guard/rollbacks"] == 1
+    assert [row["nimg"] for row in results(spoilt) if "lr/encoder" in row] == [50, 100, 150, 200]
     # The same as a run that had the other salt from the start.
     monkeypatch.setattr("sivae_dist.engine.trainer.Trainer._open_stream", salted_stream(1))
-    clean = train_here(config, tmp_path / "clean", train={"kimg": 0.2})
+    clean = train_here(config, tmp_path / "clean", **late)
     assert final_files(spoilt) == final_files(clean)
 
 
@@ -157,12 +159,13 @@ def salted_stream(salt: int) -> Any:
 
 
 def test_killed_after_a_rollback_it_goes_on_exactly(
-    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     spoil(monkeypatch, 80, 200)
     whole = train_here(
         config, tmp_path / "whole", guard={"patience": 3}, train={"kimg": 0.3}, checkpoint={"keep_last": 9}
     )
+    assert "back to nimg-000000060" in capsys.readouterr().err
     monkeypatch.undo()  # what comes after the rollback needs no spoiling: the salt has changed
     for nimg in (120, 240):
         branch = tmp_path / f"branch-{nimg}"
