@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import small_disk
-from commands import Done, Runner, refused, write_config
+from commands import Done, Runner, ended, refused, start, write_config
 
 MODEL = {"channels": [16, 32], "zdim": 16}  # about 0.8 MB a checkpoint
 
@@ -106,3 +106,21 @@ def test_a_disk_that_may_not_be_written(inside: Runner, packed: Path, tmp_path: 
     for name in ("new", "run"):
         refused(inside("train", "--config", config, "--out", disk.path / name), "Read-only file system", "--out")
     refused(inside("data", "pack", "scenes:4", disk.path / "out", "--resolution", 16), "Read-only file system")
+
+
+def test_tensorboards_thread_leaves_the_telling_to_the_run() -> None:
+    """Its thread meets the full disk first; the next call raises what it met, and nothing else is printed."""
+    code = (
+        "import sys, threading, time; from sivae_dist.engine import tracking\n"
+        "from tensorboard.summary.writer.event_file_writer import _AsyncWriter, RecordWriter\n"
+        "threading.excepthook = tracking._told_elsewhere\n"
+        "writer = _AsyncWriter(RecordWriter(open('/dev/full', 'wb', 0)), flush_secs=0)\n"
+        "writer.write(b'x'); writer._worker.join(10)\n"
+        "try: writer.write(b'x')\n"
+        "except OSError as error: print(error.strerror)\n"
+        "other = threading.Thread(target=lambda: 1 / 0); other.start(); other.join()\n"
+    )
+    process = start("-c", code)
+    done = ended(process, 60)
+    assert done.stdout == "No space left on device\n", done
+    assert done.stderr.count("Traceback") == 1 and "ZeroDivisionError" in done.stderr  # other threads' are shown
