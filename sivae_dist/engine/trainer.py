@@ -112,9 +112,10 @@ class Trainer:
         self.nimg, self.salt = 0, 0
         self.good: Path | None = None  # the checkpoint to go back to; None: the beginning
         if saved is not None:
-            self._restore(saved)
-            self.guard.load(saved.state.get("guard", {}))
-            self.salt, self.good = int(saved.state["plan_salt"]), saved.path
+            with resume.reading_state_of(saved):
+                self._restore(saved)
+                self.guard.load(saved.state.get("guard", {}))
+                self.salt, self.good = int(saved.state["plan_salt"]), saved.path
         self.stream = self._open_stream()
         resume.check_fits(self.stream, self.sample_shape, self.model, saved)
         self.evaluator = Evaluator(config.eval, self.stream, self.group, self.device, precision, config.train.seed)
