@@ -62,7 +62,7 @@ class Stage:
 
 def dry_run(trainer: Trainer) -> None:
     """Measures and prints on rank 0. Collective; leaves the process group."""
-    size = trainer.config.train.batch
+    size = trainer.growing.finest
     batch = next(trainer.stream.batches(trainer.nimg, size)).to(
         trainer.device, trainer.model.input_range, memory_format=trainer.layout
     )
@@ -80,7 +80,7 @@ def dry_run(trainer: Trainer) -> None:
 
 def _stages(trainer: Trainer) -> list[tuple[int, int]]:
     """(first nimg, iterations) of each stretch with the same phases, from now to the end."""
-    size, total, objective = trainer.config.train.batch, trainer.config.train.total_nimg, trainer.iteration.objective
+    size, total, objective = trainer.growing.finest, trainer.config.train.total_nimg, trainer.iteration.objective
     left = max(1, -(-(total - trainer.nimg) // size))
     starts: list[int] = []
     before: Any = None
@@ -103,11 +103,11 @@ def _costs(trainer: Trainer, batch: Batch, nimg: int) -> list[PhaseCost]:
         costs.append(PhaseCost(phase.name, phase.trains, 0.0, flops, held.take_peak()))
 
     with counter, held.watching():
-        out = trainer.iteration(batch, nimg=nimg, global_batch=trainer.config.train.batch, observe=observe)
+        out = trainer.iteration(batch, nimg=nimg, global_batch=trainer.growing.finest, observe=observe)
     for cost in costs:
         cost.flops_per_image /= max(1, len(batch))
         total = out.sums.get((cost.name, "loss"), torch.tensor(float("nan"))).detach().to(trainer.device)
-        cost.loss = float(trainer.group.sum_(total.double().clone())) / trainer.config.train.batch
+        cost.loss = float(trainer.group.sum_(total.double().clone())) / trainer.growing.finest
     return costs
 
 
@@ -123,7 +123,7 @@ def _seconds(trainer: Trainer, batch: Batch, nimg: int, costs: list[PhaseCost]) 
     trainer.iteration(
         batch,
         nimg=nimg,
-        global_batch=trainer.config.train.batch,
+        global_batch=trainer.growing.finest,
         observe=lambda phase, terms: marks.append(now()),
     )
     marks[-1] = end = now()
@@ -203,7 +203,7 @@ def _networks(trainer: Trainer) -> list[str]:
 
 
 def _stage(stage: Stage, trainer: Trainer) -> list[str]:
-    size = trainer.config.train.batch
+    size = trainer.growing.finest
     lines = [
         f"from {stage.first / 1000:g} kimg, {stage.iterations:,} iterations of {stage.seconds:.3f} s "
         f"({size / stage.seconds:.1f} img/s):"
@@ -262,7 +262,7 @@ def _data(trainer: Trainer) -> list[str]:
 
 def _schedule(trainer: Trainer, stages: list[Stage]) -> list[str]:
     config, now = trainer.config, trainer.nimg
-    total, size = config.train.total_nimg, config.train.batch
+    total, size = config.train.total_nimg, trainer.growing.finest
     iterations = max(0, -(-(total - now) // size))
     counts = {
         "reports": config.tracking.every_kimg,
@@ -278,7 +278,9 @@ def _schedule(trainer: Trainer, stages: list[Stage]) -> list[str]:
     while not folder.exists():
         folder = folder.parent
     kept = config.checkpoint.keep_last + 2  # the best one, and the one being written
+    growth = ["  the model grows: all figures are those of the finest level, which costs most"]
     return [
+        *(growth if config.progressive.enabled else []),
         f"schedule: {now / 1000:g} to {total / 1000:g} kimg, {iterations:,} iterations of {size} images; {told}",
         f"  a checkpoint takes {_size(checkpoint)}; up to {kept} at once need {_size(kept * checkpoint)}, "
         f"{_size(shutil.disk_usage(folder).free)} are free",

@@ -17,7 +17,10 @@ from sivae_dist.engine.progressive import GrowthConfig
 from sivae_dist.errors import UserError
 
 # Levels of 4, 8 and 16 px begin at 0, 120 and 240 images; 60 images of fade; batches 12, 8 and 6.
-GROWTH = {"enabled": True, "level_kimg": 0.12, "fade_kimg": 0.06, "batch": [12, 8, 6], "lr": [0.002, 0.003], "beta_neg": [8, 16]}  # fmt: skip
+GROWTH = {
+    **{"enabled": True, "level_kimg": 0.12, "fade_kimg": 0.06},
+    **{"batch": [12, 8, 6], "lr": [0.002, 0.003], "beta_neg": [8, 16]},
+}
 STYLE = {"name": "style", "image_size": 16, "startf": 4, "maxf": 8, "latent_size": 6, "mapping_layers": 2}
 PLAYER = {"beta1": 0.0, "beta2": 0.99}
 
@@ -82,3 +85,11 @@ def test_growing_needs_levels(shards: Path, tmp_path: Path) -> None:
         sivae_dist.train(from_dict(values, "test"), tmp_path / "run")
     with pytest.raises(UserError, match="both would set"):
         from_dict({**growing(shards), "controller": {"enabled": True}}, "test")
+
+
+def test_dry_run_tells_the_finest_level(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sivae_dist.train(from_dict(growing(shards), "test"), tmp_path / "run", dry_run=True)
+    said = capsys.readouterr().out
+    assert "the model grows" in said
+    assert "iterations of 6 images" in said
+    assert not (tmp_path / "run").exists()
