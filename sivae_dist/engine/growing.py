@@ -47,13 +47,6 @@ class Growing:
         stage = self.stage(nimg)
         return stage.batch if stage is not None else self.batch
 
-    @property
-    def finest(self) -> int:
-        """Images an iteration at the finest level: where a step costs most."""
-        levels = self.models[0].levels
-        nimg = round(self.config.level_kimg * 1000) * (levels - 1)
-        return self.config.at(nimg, levels).batch if self.config.enabled else self.batch
-
     def enter(self, nimg: int) -> None:
         """Sets level, blend and beta_neg. A new level begins with fresh optimizer state, as published."""
         stage = self.stage(nimg)

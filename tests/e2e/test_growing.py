@@ -85,11 +85,3 @@ def test_growing_needs_levels(shards: Path, tmp_path: Path) -> None:
         sivae_dist.train(from_dict(values, "test"), tmp_path / "run")
     with pytest.raises(UserError, match="both would set"):
         from_dict({**growing(shards), "controller": {"enabled": True}}, "test")
-
-
-def test_dry_run_tells_the_finest_level(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    sivae_dist.train(from_dict(growing(shards), "test"), tmp_path / "run", dry_run=True)
-    said = capsys.readouterr().out
-    assert "the model grows" in said
-    assert "iterations of 6 images" in said
-    assert not (tmp_path / "run").exists()
