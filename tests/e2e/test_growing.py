@@ -17,7 +17,10 @@ from sivae_dist.engine.progressive import GrowthConfig
 from sivae_dist.errors import UserError
 
 # Levels of 4, 8 and 16 px begin at 0, 120 and 240 images; 60 images of fade; batches 12, 8 and 6.
-GROWTH = {"enabled": True, "level_kimg": 0.12, "fade_kimg": 0.06, "batch": [12, 8, 6], "lr": [0.002, 0.003], "beta_neg": [8, 16]}  # fmt: skip
+GROWTH = {
+    **{"enabled": True, "level_kimg": 0.12, "fade_kimg": 0.06},
+    **{"batch": [12, 8, 6], "lr": [0.002, 0.003], "beta_neg": [8, 16]},
+}
 STYLE = {"name": "style", "image_size": 16, "startf": 4, "maxf": 8, "latent_size": 6, "mapping_layers": 2}
 PLAYER = {"beta1": 0.0, "beta2": 0.99}
 

@@ -102,9 +102,8 @@ def test_permanent_trouble_ends_with_advice(config: Path, tmp_path: Path) -> Non
     done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr
-    assert (
-        "error: 2 iterations in a row were not finite, the last at 160 images, and the run has been rolled back 2 times"
-    )
+    assert "error: 2 iterations in a row were not finite, the last at 160 images" in done.stderr
+    assert "rolled back 2 times already" in done.stderr
     assert "fix: lower the learning rate" in done.stderr
     assert "(rollback 2)" in done.stderr
     assert (run / "checkpoints/latest").read_text().strip() == "nimg-000000120"
