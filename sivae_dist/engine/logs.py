@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +11,13 @@ from pathlib import Path
 from sivae_dist.errors import UserError
 
 log = logging.getLogger("sivae_dist")
+
+
+class _File(logging.FileHandler):
+    """A log that cannot be written (a full disk) is not told on the terminal: what matters more fails there, too."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 (the library's name)
+        """Drops the record."""
 
 
 @contextmanager
@@ -22,7 +30,7 @@ def rank_log(folder: Path, rank: int) -> Iterator[None]:
     path = folder / f"rank-{rank}.log"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        handler = logging.FileHandler(path, encoding="utf-8")
+        handler = _File(path, encoding="utf-8")
     except OSError as error:
         raise UserError(f"cannot write {path}: {error}", "choose another place with --out") from error
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
@@ -36,4 +44,5 @@ def rank_log(folder: Path, rank: int) -> Iterator[None]:
         raise
     finally:
         log.removeHandler(handler)
-        handler.close()
+        with contextlib.suppress(OSError):
+            handler.close()

@@ -45,11 +45,15 @@ class RunFolder:
 def write_atomic(path: Path, text: str) -> None:
     """Writes beside, syncs and renames: a reader or a restart sees the old text or the new one, never a part."""
     aside = path.with_name(f".{path.name}.tmp")
-    with open(aside, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
+    try:
+        with open(aside, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+    except OSError:
+        aside.unlink(missing_ok=True)
+        raise
 
 
 def write_json(path: Path, value: object) -> None:
