@@ -123,7 +123,7 @@ class Manifest:
         image_format = check.field(raw, "image_format", str)
         if channels == 2 or image_format not in EXTENSIONS:
             check.fail(
-                f"has {channels} channels of format {image_format!r}, expected 1 or 3 of {', '.join(EXTENSIONS)}"
+                f"has {channels} channels of format {image_format!r:.80}, expected 1 or 3 of {', '.join(EXTENSIONS)}"
             )
         return cls(
             name=check.field(raw, "name", str),

@@ -35,7 +35,7 @@ from sivae_dist.errors import UserError
 FORMAT = 1
 _MAX_JSON_BYTES = 16 << 20
 _NAME = re.compile(r"nimg-(\d{9,})")
-MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's, beside its step count
+MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's, beside its step count; LreqAdam has the second only
 TENSOR_FILES = ("weights", "ema", "optimizer")
 FILES = (*(f"{stem}.safetensors" for stem in TENSOR_FILES), "state.json")
 

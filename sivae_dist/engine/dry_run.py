@@ -14,174 +14,40 @@ FLOPs are those torch counts in a phase's forward and backward passes (a multipl
 from __future__ import annotations
 
 import shutil
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import torch
-from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch import Tensor
 
-from sivae_dist.data import Batch, Stream
+from sivae_dist.data import Stream
 from sivae_dist.distributed.replicated import BUCKET_BYTES
 from sivae_dist.engine.clock import memory
+from sivae_dist.engine.dry_run_measure import Stage, Stretch, measured, stretches_of
 from sivae_dist.engine.schedule import due
-from sivae_dist.objectives import Phase, Terms
 
 if TYPE_CHECKING:
     from sivae_dist.engine.trainer import Trainer
 
-_PROBES = 1000  # positions at which the run is asked for its phases, to find warm-ups
 _COUNTED_ONE_BY_ONE = 2_000_000  # iterations
-
-
-@dataclass
-class PhaseCost:
-    """One phase of this rank. seconds: of its passes and the optimizer step before it."""
-
-    name: str
-    trains: tuple[str, ...]
-    loss: float
-    flops_per_image: float
-    activations: int  # bytes
-    seconds: float = 0.0
-
-
-@dataclass
-class Stage:
-    """A stretch of the run with the same phases. first: images seen at its beginning; seconds: of one iteration."""
-
-    first: int
-    iterations: int
-    phases: list[PhaseCost]
-    seconds: float
 
 
 def dry_run(trainer: Trainer) -> None:
     """Measures and prints on rank 0. Collective; leaves the process group."""
-    size = trainer.config.train.batch
-    batch = next(trainer.stream.batches(trainer.nimg, size)).to(
-        trainer.device, trainer.model.input_range, memory_format=trainer.layout
-    )
-    stages = []
-    for first, iterations in _stages(trainer):
-        phases = _costs(trainer, batch, first)
-        seconds = _seconds(trainer, batch, first, phases)
-        stages.append(Stage(first, iterations, phases, seconds))
-    trainer.stream.close()
-    text = report(trainer, batch, stages)
+    stretches = list(stretches_of(trainer))
+    # A finished run is measured where it ended.
+    stages = [measured(trainer, s) for s in stretches or [Stretch(trainer.nimg, trainer.growing.size(trainer.nimg), 0)]]
+    text = report(trainer, stages)
     if trainer.group.is_main:
         print(text)
     trainer.launch.finish()
 
 
-def _stages(trainer: Trainer) -> list[tuple[int, int]]:
-    """(first nimg, iterations) of each stretch with the same phases, from now to the end."""
-    size, total, objective = trainer.config.train.batch, trainer.config.train.total_nimg, trainer.iteration.objective
-    left = max(1, -(-(total - trainer.nimg) // size))
-    starts: list[int] = []
-    before: Any = None
-    for number in np.unique(np.linspace(0, left - 1, min(left, _PROBES)).astype(np.int64)).tolist():
-        phases = [(phase.name, phase.trains) for phase in objective.phases(trainer.nimg + number * size)]
-        if phases != before:
-            starts.append(number)
-        before = phases
-    ends = [*starts[1:], left]
-    return [(trainer.nimg + a * size, b - a) for a, b in zip(starts, ends, strict=True)]
-
-
-def _costs(trainer: Trainer, batch: Batch, nimg: int) -> list[PhaseCost]:
-    """One iteration with everything counted, which also warms up for the timed one."""
-    counter, held = FlopCounterMode(display=False), Held(trainer.model)
-    costs: list[PhaseCost] = []
-
-    def observe(phase: Phase, terms: Terms) -> None:
-        flops = counter.get_total_flops() - sum(int(c.flops_per_image) for c in costs)
-        costs.append(PhaseCost(phase.name, phase.trains, 0.0, flops, held.take_peak()))
-
-    with counter, held.watching():
-        out = trainer.iteration(batch, nimg=nimg, global_batch=trainer.config.train.batch, observe=observe)
-    for cost in costs:
-        cost.flops_per_image /= max(1, len(batch))
-        total = out.sums.get((cost.name, "loss"), torch.tensor(float("nan"))).detach().to(trainer.device)
-        cost.loss = float(trainer.group.sum_(total.double().clone())) / trainer.config.train.batch
-    return costs
-
-
-def _seconds(trainer: Trainer, batch: Batch, nimg: int, costs: list[PhaseCost]) -> float:
-    """Times one more iteration, phase by phase; the slowest rank counts."""
-
-    def now() -> float:
-        if trainer.device.type == "cuda":
-            torch.cuda.synchronize(trainer.device)
-        return time.perf_counter()
-
-    marks = [now()]
-    trainer.iteration(
-        batch,
-        nimg=nimg,
-        global_batch=trainer.config.train.batch,
-        observe=lambda phase, terms: marks.append(now()),
-    )
-    marks[-1] = end = now()
-    for cost, begin, finish in zip(costs, marks, marks[1:], strict=False):
-        cost.seconds = finish - begin
-    slowest = torch.tensor(end - marks[0], dtype=torch.float64, device=trainer.group.device())
-    return float(trainer.group.max_(slowest))
-
-
-class Held:
-    """Bytes that autograd holds for backward passes: each storage once, without a model's own."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._own = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
-        self._users: dict[int, int] = {}
-        self.now = self.peak = 0
-
-    def take_peak(self) -> int:
-        """The most since the last call."""
-        peak, self.peak = self.peak, self.now
-        return peak
-
-    @contextmanager
-    def watching(self) -> Iterator[None]:
-        """Within, tensors saved for backward passes are counted while they are kept."""
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: _Kept(self, t), lambda kept: kept.tensor):
-            yield
-
-    def add(self, storage: int, size: int, change: int) -> None:
-        """One more or one fewer keeper of a storage."""
-        if storage in self._own:
-            return
-        users = self._users.get(storage, 0)
-        self._users[storage] = users + change
-        if not users or not users + change:
-            self.now += change * size
-            self.peak = max(self.peak, self.now)
-
-
-class _Kept:
-    """What a saved tensor is replaced by; its end is the end of the keeping."""
-
-    def __init__(self, held: Held, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        self.held, self.tensor, self.place = held, tensor, (storage.data_ptr(), storage.nbytes())
-        held.add(*self.place, 1)
-
-    def __del__(self) -> None:
-        self.held.add(*self.place, -1)
-
-
-def report(trainer: Trainer, batch: Batch, stages: list[Stage]) -> str:
+def report(trainer: Trainer, stages: list[Stage]) -> str:
     """The text of a dry run."""
     parts = [
         [f"dry run: nothing is written to {trainer.folder.root}", _launch(trainer)],
         _networks(trainer),
-        *(_stage(stage, trainer) for stage in stages),
-        _memory(trainer, batch, stages),
+        *(_stage(stage) for stage in stages),
+        _memory(trainer, stages),
         _data(trainer),
         _schedule(trainer, stages),
     ]
@@ -202,11 +68,11 @@ def _networks(trainer: Trainer) -> list[str]:
     ]
 
 
-def _stage(stage: Stage, trainer: Trainer) -> list[str]:
-    size = trainer.config.train.batch
+def _stage(stage: Stage) -> list[str]:
+    s, shape = stage.stretch, " x ".join(map(str, stage.shape))
     lines = [
-        f"from {stage.first / 1000:g} kimg, {stage.iterations:,} iterations of {stage.seconds:.3f} s "
-        f"({size / stage.seconds:.1f} img/s):"
+        f"from {s.first / 1000:g} kimg, {s.iterations:,} iterations of {s.size} images of {shape}, "
+        f"{stage.seconds:.3f} s each ({s.size / stage.seconds:.1f} img/s):"
     ]
     for phase in stage.phases:
         lines.append(
@@ -233,10 +99,11 @@ def sizes(trainer: Trainer, stages: list[Stage]) -> dict[str, int]:
     }
 
 
-def _memory(trainer: Trainer, batch: Batch, stages: list[Stage]) -> list[str]:
+def _memory(trainer: Trainer, stages: list[Stage]) -> list[str]:
     parts = sizes(trainer, stages)
     named = " + ".join(f"{name} {_size(size)}" for name, size in parts.items())
-    lines = [f"memory per process, predicted: {_size(sum(parts.values()))} = {named} ({len(batch)} images)"]
+    total, images = _size(sum(parts.values())), max(stage.images for stage in stages)
+    lines = [f"memory per process, predicted: {total} = {named} ({images} images)"]
     measured = memory(trainer.device)
     lines.append("measured peak: " + ", ".join(f"{name} {value:.3f}" for name, value in measured.items()))
     return lines
@@ -262,16 +129,17 @@ def _data(trainer: Trainer) -> list[str]:
 
 def _schedule(trainer: Trainer, stages: list[Stage]) -> list[str]:
     config, now = trainer.config, trainer.nimg
-    total, size = config.train.total_nimg, config.train.batch
-    iterations = max(0, -(-(total - now) // size))
+    total = config.train.total_nimg
+    stretches = [stage.stretch for stage in stages]
+    iterations = sum(stretch.iterations for stretch in stretches)
     counts = {
         "reports": config.tracking.every_kimg,
         "evaluations": config.eval.every_kimg,
         "picture grids": config.tracking.images_every_kimg,
         "checkpoints": config.checkpoint.every_kimg,
     }
-    told = ", ".join(f"{times_due(now, total, size, every):,} {name}" for name, every in counts.items())
-    seconds = sum(stage.iterations * stage.seconds for stage in stages) if iterations else 0.0
+    told = ", ".join(f"{times_due(stretches, every):,} {name}" for name, every in counts.items())
+    seconds = sum(stage.stretch.iterations * stage.seconds for stage in stages)
     parts = sizes(trainer, stages)
     checkpoint = parts["weights"] + parts["average"] + parts["optimizer"]
     folder = trainer.folder.root.absolute()
@@ -279,22 +147,27 @@ def _schedule(trainer: Trainer, stages: list[Stage]) -> list[str]:
         folder = folder.parent
     kept = config.checkpoint.keep_last + 2  # the best one, and the one being written
     return [
-        f"schedule: {now / 1000:g} to {total / 1000:g} kimg, {iterations:,} iterations of {size} images; {told}",
+        f"schedule: {now / 1000:g} to {total / 1000:g} kimg, {iterations:,} iterations; {told}",
         f"  a checkpoint takes {_size(checkpoint)}; up to {kept} at once need {_size(kept * checkpoint)}, "
         f"{_size(shutil.disk_usage(folder).free)} are free",
         f"estimated time: {_duration(seconds)} for the iterations (evaluations, pictures and checkpoints not counted)",
     ]
 
 
-def times_due(start: int, total: int, size: int, every_kimg: float) -> int:
-    """How often something recurring happens on the way from `start` to `total`, the one at the end included."""
-    if start >= total:
-        return 0
-    if (total - start) // size > _COUNTED_ONE_BY_ONE:
-        count = int(total / every_kimg / 1000) - int(start / every_kimg / 1000) if every_kimg > 0 else 0
-        return max(1, count)
-    ends = range(start + size, total + 1, size)
-    return sum(due(end, size, every_kimg) or end >= total for end in ends)
+def times_due(stretches: list[Stretch], every_kimg: float) -> int:
+    """How often something recurring happens on the way, the one at the end included."""
+    count = sum(_due_in(stretch, every_kimg) for stretch in stretches)
+    last = stretches[-1]
+    end = last.first + last.iterations * last.size
+    return count + (last.iterations > 0 and not due(end, last.size, every_kimg))
+
+
+def _due_in(stretch: Stretch, every_kimg: float) -> int:
+    first, size, end = stretch.first, stretch.size, stretch.first + stretch.iterations * stretch.size
+    if stretch.iterations <= _COUNTED_ONE_BY_ONE:
+        return sum(due(at, size, every_kimg) for at in range(first + size, end + 1, size))
+    passed = int(end / every_kimg / 1000) - int(first / every_kimg / 1000) if every_kimg > 0 else 0
+    return min(stretch.iterations, passed)
 
 
 def _bytes(tensors: Any) -> int:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from sivae_dist.distributed.group import Group
 from sivae_dist.engine.finite import Skip
+from sivae_dist.engine.logs import log
 from sivae_dist.errors import UserError
 
 ADVICE = (
@@ -89,5 +90,6 @@ class Guard:
             setattr(self, name, int(state.get(name, 0)))
 
     def _say(self, text: str) -> None:
+        log.warning(text)
         if self.group.is_main:
             print(text, file=sys.stderr, flush=True)

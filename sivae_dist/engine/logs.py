@@ -3,22 +3,37 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from sivae_dist.errors import UserError
 
 log = logging.getLogger("sivae_dist")
 
 
-def open_rank_log(folder: Path, rank: int) -> logging.Handler:
-    """Sends everything logged under `sivae_dist` to the rank's file (appended: all lives of a run in one file)."""
-    handler = logging.FileHandler(folder / f"rank-{rank}.log", encoding="utf-8")
+@contextmanager
+def rank_log(folder: Path, rank: int) -> Iterator[None]:
+    """Within, everything logged under `sivae_dist` goes to the rank's file (all lives of a run in one file).
+
+    An exception that passes is logged with its traceback, which the terminal need not show. Raises UserError when the
+    file cannot be written.
+    """
+    path = folder / f"rank-{rank}.log"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handler = logging.FileHandler(path, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error}", "choose another place with --out") from error
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     log.setLevel(logging.INFO)
-    log.addHandler(handler)
     log.propagate = False  # the terminal has the progress line; warnings and errors reach it on their own ways
-    return handler
-
-
-def close_rank_log(handler: logging.Handler) -> None:
-    """Ends what `open_rank_log` began."""
-    log.removeHandler(handler)
-    handler.close()
+    log.addHandler(handler)
+    try:
+        yield
+    except BaseException:
+        log.exception("ended by")
+        raise
+    finally:
+        log.removeHandler(handler)
+        handler.close()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +45,18 @@ def find(run: RunFolder, resume_from: str, config: RunConfig) -> Snapshot | None
                 "use the run's own config.yaml, or another --out for a new run",
             )
     return saved
+
+
+@contextmanager
+def reading_state_of(saved: Snapshot) -> Iterator[None]:
+    """Within, every part of a run takes up its own fields of state.json; one that is no such field is a UserError."""
+    try:
+        yield
+    except (TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
+        raise UserError(
+            f"state.json of the checkpoint {saved.path} holds what no part of a run has written: {error}"[:500],
+            "resume from another checkpoint of the run (--resume PATH)",
+        ) from error
 
 
 def check_fits(stream: Stream, sample_shape: tuple[int, ...], model: Autoencoder, saved: Snapshot | None) -> None:

@@ -26,6 +26,7 @@ from sivae_dist.engine.evaluate import Evaluator
 from sivae_dist.engine.growing import Growing
 from sivae_dist.engine.guard import Guard
 from sivae_dist.engine.iteration import Iteration
+from sivae_dist.engine.logs import log, rank_log
 from sivae_dist.engine.loss_scale import LossScales
 from sivae_dist.engine.meters import Meters
 from sivae_dist.engine.precision import Precision
@@ -55,7 +56,8 @@ def train(config: RunConfig, out: str | Path, resume_from: str = "auto", *, dry_
 
             rehearse(trainer)
         else:
-            finished = trainer.run()
+            with rank_log(trainer.folder.logs, trainer.group.rank):
+                finished = trainer.run()
             if trainer.group.is_main and not finished:
                 print(f"stopped at {trainer.nimg / 1000:.3f} kimg; the same command goes on from here")
     finally:
@@ -112,9 +114,10 @@ class Trainer:
         self.nimg, self.salt = 0, 0
         self.good: Path | None = None  # the checkpoint to go back to; None: the beginning
         if saved is not None:
-            self._restore(saved)
-            self.guard.load(saved.state.get("guard", {}))
-            self.salt, self.good = int(saved.state["plan_salt"]), saved.path
+            with resume.reading_state_of(saved):
+                self._restore(saved)
+                self.guard.load(saved.state.get("guard", {}))
+                self.salt, self.good = int(saved.state["plan_salt"]), saved.path
         self.stream = self._open_stream()
         resume.check_fits(self.stream, self.sample_shape, self.model, saved)
         self.evaluator = Evaluator(config.eval, self.stream, self.group, self.device, precision, config.train.seed)
@@ -142,6 +145,7 @@ class Trainer:
     def run(self) -> bool:
         """The loop, then the summary. Returns whether the end was reached (else the run was asked to stop)."""
         config, growing, total = self.config, self.growing, self.config.train.total_nimg
+        log.info("from %d to %d images, salt %d, %s", self.nimg, total, self.salt, self.launch.describe())
         self._describe()
         self.tracker = Tracker(config.tracking, self.folder, resumed_nimg=self.nimg, is_main=self.group.is_main)
         self.writer = CheckpointWriter(config.checkpoint, self.folder.checkpoints)
@@ -230,6 +234,7 @@ class Trainer:
     def _evaluate(self) -> dict[str, float]:
         """Metrics of the averaged model on held-out data (or training data, if the data have no such split)."""
         results = self.evaluator.metrics(self.ema.model)
+        log.info("evaluation at %d images: %s", self.nimg, results)
         self.tracker.scalars(self.nimg, results)
         self.newest |= results
         return results
@@ -251,6 +256,7 @@ class Trainer:
             self.good = self.folder.checkpoints / checkpoint.name_of(self.nimg)
         if not self.group.is_main:
             return
+        log.info("checkpoint at %d images", self.nimg)
         self.tracker.sync()
         state = {
             "plan_salt": self.salt,
@@ -286,6 +292,7 @@ class Trainer:
         return Snapshot(0, {"weights": weights, "ema": weights, "optimizer": {}}, {"sums": {}})
 
     def _conclude(self, *, finished: bool) -> None:
+        log.info("%s at %d images", "finished" if finished else "stopped when asked to", self.nimg)
         if self.group.is_main:
             write_json(self.folder.summary, summarise(self.folder, self.nimg, finished=finished))
         self.launch.finish()

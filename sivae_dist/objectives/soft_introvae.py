@@ -66,9 +66,10 @@ class SoftIntroVaeConfig(ObjectiveConfig):
     fake_sources prior these are the paper's equations to the letter."""
     vae_warmup_kimg: float = 0.0
     """Thousand images of plain VAE first."""
-    vae_warmup_scale: Literal["one", "same"] = "one"
-    """Factor of the warm-up's loss: one as published, or the same `scale` as afterwards. With one, Adam's second
-    moments are too large, by the square of the number of pixels, when the warm-up ends, and its steps tiny for long."""
+    vae_warmup_scale: Literal["one", "same"] = "same"
+    """Factor of the warm-up's loss: the same `scale` as afterwards, or one, as published. With one, the gradients
+    shrink by the number of pixels when the warm-up ends: Adam coasts on its old momentum, which can undo what was
+    learnt, and then hardly moves until its second moments have decayed."""
 
     def build(self, sample_shape: tuple[int, ...], **_: Any) -> SoftIntroVae:
         """Raises ValueError for values out of range."""

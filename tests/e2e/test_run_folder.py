@@ -49,6 +49,8 @@ def test_files_of_the_contract(run: Path, shards: Path) -> None:
     assert manifest["launch"]["ranks"] == 2
     assert manifest["packages"]["torch"] == torch.__version__
     assert yaml.safe_load((run / "config.yaml").read_text())["data"]["url"] == str(shards)
+    for rank in (0, 1):
+        assert "finished at 405 images" in (run / f"logs/rank-{rank}.log").read_text()
     summary = json.loads((run / "summary.json").read_text())
     assert summary["finished"] is True
     assert summary["nimg"] == 405

@@ -10,11 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from commands import Runner, refused, write_config
 from torch import nn
 
 from sivae_dist.config import from_dict, read_yaml
-from sivae_dist.engine.dry_run import Held, times_due
+from sivae_dist.engine.dry_run import times_due
+from sivae_dist.engine.dry_run_measure import Held, Stretch
 from sivae_dist.engine.schedule import due
 
 IMAGE = 3 * 16 * 16
@@ -69,7 +71,7 @@ def test_of_a_new_run(run: Runner, packed: Path, tmp_path: Path) -> None:
     assert number(r"phase joint .*?, ([\d.e-]+) GFLOP", text) * 1e9 == pytest.approx(3 * flops - first, rel=1e-3)
     assert "40 samples, 1.50 epochs in the run" in text
     assert "4 shards, 8 lanes" in text
-    assert "0 to 0.06 kimg, 6 iterations of 10 images" in text
+    assert "0 to 0.06 kimg, 6 iterations;" in text
     assert "estimated time: " in text
 
 
@@ -96,6 +98,31 @@ def test_of_a_run_that_has_begun(run: Runner, trained: Path, tmp_path: Path) -> 
     refused(run("train", "--config", config, "--out", trained, "--dry-run", "--model.zdim", 7), "zdim 6 (now 7)")
 
 
+def test_of_a_growing_model(run: Runner, packed: Path, tmp_path: Path) -> None:
+    """Every level is measured, fading and not, with its own batch and resolution."""
+    growth = {"enabled": True, "level_kimg": 0.12, "fade_kimg": 0.06, "batch": [12, 8, 6], "lr": [0.002]}
+    config = write_config(
+        tmp_path / "c.yaml",
+        packed,
+        objective={"decoder_z": "reencode", "draws": "fresh"},
+        train={"kimg": 0.36, "batch": 12},
+        progressive=growth,
+    )
+    style = {"name": "style", "image_size": 16, "startf": 4, "maxf": 8, "latent_size": 6, "mapping_layers": 2}
+    config.write_text(yaml.safe_dump(yaml.safe_load(config.read_text()) | {"model": style}))
+    done = run("train", "--config", config, "--out", tmp_path / "run", "--dry-run")
+    assert done.status == 0, done
+    lines = re.findall(r"from ([\d.]+) kimg, (\d+) iterations of (\d+) images of 3 x (\d+) x", done.stdout)
+    assert lines == [
+        ("0", "10", "12", "4"),
+        ("0.12", "8", "8", "8"),
+        ("0.184", "7", "8", "8"),
+        ("0.24", "10", "6", "16"),
+        ("0.3", "10", "6", "16"),
+    ]
+    assert "45 iterations;" in done.stdout
+
+
 def test_held_counts_each_storage_once_while_it_is_kept() -> None:
     layer = nn.Linear(8, 8)
     held = Held(layer)
@@ -113,10 +140,12 @@ def test_held_counts_each_storage_once_while_it_is_kept() -> None:
 @pytest.mark.parametrize("every", [0.0, 0.001, 0.007, 0.01, 0.025, 5.0])
 @pytest.mark.parametrize("start", [0, 30])
 def test_times_due(every: float, start: int) -> None:
-    ends = range(start + 10, 201, 10)
-    assert times_due(start, 200, 10, every) == sum(due(end, 10, every) or end == 200 for end in ends)
-    assert times_due(0, 3_000_000_000, 10, 50.0) == 60_000
-    assert times_due(200, 200, 10, every) == 0
+    """Two stretches with batches of 10 and 30, against asking at every iteration."""
+    ends = [(end, 10) for end in range(start + 10, 101, 10)] + [(end, 30) for end in range(130, 221, 30)]
+    stretches = [Stretch(start, 10, (100 - start) // 10), Stretch(100, 30, 4)]
+    assert times_due(stretches, every) == sum(due(end, size, every) or end == 220 for end, size in ends)
+    assert times_due([Stretch(0, 10, 300_000_000)], 50.0) == 60_000
+    assert times_due([Stretch(200, 10, 0)], every) == 0
 
 
 def test_it_prints_to_the_output_only(run: Runner, config: Path, tmp_path: Path) -> None:

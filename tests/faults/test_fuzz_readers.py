@@ -108,6 +108,15 @@ def test_manifest(count: int, files: dict[str, bytes]) -> None:
     holds(count, changed, read)
 
 
+def test_long_values_are_shortened_in_messages(files: dict[str, bytes]) -> None:
+    """Found by the fuzzing above: a message of 100 kB."""
+    valid = json.loads(files["manifest.json"])
+    for name in ("image_format", "version", "format", "resolution", "class_names"):
+        with pytest.raises(UserError) as told:
+            Manifest.from_bytes(text_of({**valid, name: "x" * 100_000}), "manifest")
+        assert len(str(told.value)) < 500
+
+
 def rows_of(files: dict[str, bytes]) -> list[Any]:
     return [json.loads(line) for line in files["shard-000000.index"].splitlines()]
 

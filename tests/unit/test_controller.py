@@ -149,7 +149,6 @@ def test_what_cannot_be_controlled_is_told() -> None:
     for wrong in (
         {"rate": 1.0},
         {"every_kimg": 0},
-       
         {"min": 3.0, "max": 2.0},
         {"min": 0.0, "max": -1},
     ):

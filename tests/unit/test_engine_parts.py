@@ -101,7 +101,8 @@ def test_meters_give_means_over_images() -> None:
 def test_checkpoint_restores_bit_for_bit(tmp_path: Path) -> None:
     model, optimizers = model_and_optimizers(0)
     ema = Ema(EmaConfig(), model)
-    path = checkpoint.write(tmp_path, checkpoint.snapshot(64, model, ema.model, optimizers, {"plan_salt": 3}))
+    state = {"plan_salt": 3, "sums": {}, "data": ""}
+    path = checkpoint.write(tmp_path, checkpoint.snapshot(64, model, ema.model, optimizers, state))
     other, other_optimizers = model_and_optimizers(1)
     other_ema = Ema(EmaConfig(), other)
     saved = checkpoint.read(path)

@@ -1,0 +1,166 @@
+"""What a rehearsal measures: each kind of iteration of the run, with a real batch."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from sivae_dist.data import Batch
+from sivae_dist.objectives import Phase, Terms
+
+if TYPE_CHECKING:
+    from sivae_dist.engine.trainer import Trainer
+
+
+@dataclass
+class PhaseCost:
+    """One phase of this rank. seconds: of its passes and the optimizer step before it."""
+
+    name: str
+    trains: tuple[str, ...]
+    loss: float
+    flops_per_image: float
+    activations: int  # bytes
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Consecutive iterations of one kind: the same batch, level, fading and phases. first: images seen before it."""
+
+    first: int
+    size: int
+    iterations: int
+
+
+@dataclass
+class Stage:
+    """A stretch, measured. seconds: of one iteration; images: of this rank's part of a batch; pixels: a side."""
+
+    stretch: Stretch
+    phases: list[PhaseCost]
+    seconds: float
+    images: int
+    shape: tuple[int, ...]
+
+
+def stretches_of(trainer: Trainer) -> Iterator[Stretch]:
+    """The rest of the run. What holds for an iteration changes with the position, and never changes back."""
+    nimg, total, growing = trainer.nimg, trainer.config.train.total_nimg, trainer.growing
+
+    def kind(at: int) -> tuple[object, ...]:
+        stage = growing.stage(at)
+        level = (stage.level, stage.blend < 1) if stage is not None else None
+        phases = trainer.iteration.objective.phases(at)
+        return growing.size(at), level, [(phase.name, phase.trains) for phase in phases]
+
+    while nimg < total:
+        size = growing.size(nimg)
+        low, high = 1, -(-(total - nimg) // size)  # the stretch has at least `low` iterations and at most `high`
+        while low < high:
+            middle = (low + high + 1) // 2
+            same = kind(nimg + (middle - 1) * size) == kind(nimg)
+            low, high = (middle, high) if same else (low, middle - 1)
+        yield Stretch(nimg, size, low)
+        nimg += low * size
+
+
+def measured(trainer: Trainer, stretch: Stretch) -> Stage:
+    """Two iterations as at the beginning of a stretch: one with everything counted, one timed. Collective."""
+    trainer.growing.enter(stretch.first)
+    host_batch = next(trainer.stream.batches(stretch.first, stretch.size))
+    trainer.stream.close()
+    batch = host_batch.to(trainer.device, trainer.model.input_range, memory_format=trainer.layout)
+    batch = trainer.growing.prepare(batch, stretch.first)
+    phases = _costs(trainer, batch, stretch)
+    seconds = _seconds(trainer, batch, stretch, phases)
+    return Stage(stretch, phases, seconds, len(batch), tuple(batch.x.shape[1:]))
+
+
+def _costs(trainer: Trainer, batch: Batch, stretch: Stretch) -> list[PhaseCost]:
+    """One iteration with everything counted, which also warms up for the timed one."""
+    counter, held = FlopCounterMode(display=False), Held(trainer.model)
+    costs: list[PhaseCost] = []
+
+    def observe(phase: Phase, terms: Terms) -> None:
+        flops = counter.get_total_flops() - sum(int(c.flops_per_image) for c in costs)
+        costs.append(PhaseCost(phase.name, phase.trains, 0.0, flops, held.take_peak()))
+
+    with counter, held.watching():
+        out = trainer.iteration(batch, nimg=stretch.first, global_batch=stretch.size, observe=observe)
+    for cost in costs:
+        cost.flops_per_image /= max(1, len(batch))
+        total = out.sums.get((cost.name, "loss"), torch.tensor(float("nan"))).detach().to(trainer.device)
+        cost.loss = float(trainer.group.sum_(total.double().clone())) / stretch.size
+    return costs
+
+
+def _seconds(trainer: Trainer, batch: Batch, stretch: Stretch, costs: list[PhaseCost]) -> float:
+    """Times one more iteration, phase by phase; the slowest rank counts."""
+
+    def now() -> float:
+        if trainer.device.type == "cuda":
+            torch.cuda.synchronize(trainer.device)
+        return time.perf_counter()
+
+    marks = [now()]
+    trainer.iteration(
+        batch,
+        nimg=stretch.first,
+        global_batch=stretch.size,
+        observe=lambda phase, terms: marks.append(now()),
+    )
+    marks[-1] = end = now()
+    for cost, begin, finish in zip(costs, marks, marks[1:], strict=False):
+        cost.seconds = finish - begin
+    slowest = torch.tensor(end - marks[0], dtype=torch.float64, device=trainer.group.device())
+    return float(trainer.group.max_(slowest))
+
+
+class Held:
+    """Bytes that autograd holds for backward passes: each storage once, without a model's own."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._own = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
+        self._users: dict[int, int] = {}
+        self.now = self.peak = 0
+
+    def take_peak(self) -> int:
+        """The most since the last call."""
+        peak, self.peak = self.peak, self.now
+        return peak
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Within, tensors saved for backward passes are counted while they are kept."""
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: _Kept(self, t), lambda kept: kept.tensor):
+            yield
+
+    def add(self, storage: int, size: int, change: int) -> None:
+        """One more or one fewer keeper of a storage."""
+        if storage in self._own:
+            return
+        users = self._users.get(storage, 0)
+        self._users[storage] = users + change
+        if not users or not users + change:
+            self.now += change * size
+            self.peak = max(self.peak, self.now)
+
+
+class _Kept:
+    """What a saved tensor is replaced by; its end is the end of the keeping."""
+
+    def __init__(self, held: Held, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        self.held, self.tensor, self.place = held, tensor, (storage.data_ptr(), storage.nbytes())
+        held.add(*self.place, 1)
+
+    def __del__(self) -> None:
+        self.held.add(*self.place, -1)
