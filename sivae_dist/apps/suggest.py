@@ -106,8 +106,12 @@ def measure(config: RunConfig, folder: Path | None = None) -> Measured:
         with tempfile.TemporaryDirectory(prefix="sivae-suggest-") as name:
             return measure(config, Path(name))
     trainer = Trainer(config, folder, "never")
-    trainer.run()
-    return _measure(trainer)
+    try:
+        trainer.run()
+        return _measure(trainer)
+    finally:
+        if trainer.lock is not None:
+            trainer.lock.release()
 
 
 @torch.no_grad()

@@ -1,0 +1,74 @@
+"""Two settings in which fakes win (kl_real > kl_fake), and the same with the controller on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import sivae_dist
+
+import sivae_dist as package
+from sivae_dist.config import from_dict
+
+CONTROLLER = {"enabled": True, "kl_gap": 0.15, "rate": 16, "every_kimg": 0.25}  # in a hurry, for a short run
+KIMG, SETTLED = 14, 7000  # length; images after which the controller must have done its work
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("scenes16") / "shards"
+    options = ["--resolution", "16", "--val-count", "256", "--format", "png"]
+    done = sivae_dist("data", "pack", "scenes:2304", str(folder), *options)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def live(scenes: Path, out: Path, beta_neg: float, controller: dict[str, Any]) -> dict[str, Any]:
+    values = {
+        "model": {"image_size": 16, "channels": [12, 24], "zdim": 16},
+        "objective": {"beta_neg": beta_neg, "vae_warmup_kimg": 1},
+        "data": {"url": str(scenes), "workers": 0},
+        "train": {"kimg": KIMG},
+        "optim": {"encoder": {"lr": 1e-3}, "decoder": {"lr": 1e-3}},
+        "controller": controller,
+        "ema": {"half_life_kimg": 1.0},
+        "tracking": {"every_kimg": 1, "images_every_kimg": 0, "progress": False},
+        "eval": {"every_kimg": 0, "images": 256},
+        "checkpoint": {"every_kimg": 1000},
+    }
+    run = package.train(from_dict(values, "test"), out)
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    summary = json.loads((run / "summary.json").read_text())
+    found = {
+        "gaps": [row["kl/gap"] for row in rows if "kl/gap" in row and row["nimg"] >= SETTLED],
+        "rec": next(row["rec/real"] for row in reversed(rows) if "rec/real" in row),
+        "psnr": summary["metrics"]["eval/psnr"],
+        "swd_ratio": summary["swd_ratio_to_untrained"],
+    }
+    print(f"beta_neg {beta_neg}, controller {bool(controller)}: {found}")
+    return found
+
+
+@pytest.mark.slow
+def test_much_too_small_beta_neg(scenes: Path, tmp_path: Path) -> None:
+    """Without: fakes lead, then their KL runs away and takes the reconstruction with it. With: it trains."""
+    without, held = live(scenes, tmp_path / "a", 4.0, {}), live(scenes, tmp_path / "b", 4.0, CONTROLLER)
+    assert min(without["gaps"]) < -0.15
+    assert min(held["gaps"]) > -0.1
+    assert sum(held["gaps"][-4:]) > 0
+    assert held["rec"] < 0.6 * without["rec"]
+    assert held["psnr"] > without["psnr"] + 2
+    assert held["swd_ratio"] < 0.6
+
+
+@pytest.mark.slow
+def test_much_too_large_beta_neg(scenes: Path, tmp_path: Path) -> None:
+    """Without: exp(alpha ELBO) of fakes is zero, nobody pushes them away, kl_real > kl_fake for good."""
+    without, held = live(scenes, tmp_path / "a", 9000.0, {}), live(scenes, tmp_path / "b", 9000.0, CONTROLLER)
+    assert max(without["gaps"]) < -0.2
+    assert min(held["gaps"]) > -0.1
+    assert sum(held["gaps"][-4:]) > 0
+    assert held["rec"] < without["rec"]
+    assert held["swd_ratio"] < 0.6
