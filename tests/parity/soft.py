@@ -95,9 +95,8 @@ def replay(golden: Golden, run: str, family: Family, layout: Layout, scale: floa
     plain = f"{prefix}out/loss" in golden
     fields, rates = settings(golden, run)
     net = load(family, golden, dtype)
-    objective = SoftIntroVaeConfig(**fields, scale=scale, vae_warmup_kimg=1e9 if plain else 0).build(
-        net.model.sample_shape
-    )
+    warm = {"vae_warmup_kimg": 1e9 if plain else 0, "vae_warmup_scale": "one"}
+    objective = SoftIntroVaeConfig(**fields, **warm, scale=scale).build(net.model.sample_shape)
     batches, eps = golden.tensor(f"{prefix}in/x", dtype), golden.tensor(f"{prefix}in/eps", dtype)
     prior = None if plain else golden.tensor(f"{prefix}in/noise", dtype)
 

@@ -117,7 +117,9 @@ class Trained:
         players = {"encoder": self.net.model.encoder, "decoder": self.net.model.decoder}
         weights = {name: self.cfg[name] for name in ("beta_rec", "beta_kl", "beta_neg", "gamma_r", "scale")}
         warmup = 1e9 if self.plain else 0
-        objective = SoftIntroVaeConfig(**weights, decoder_z="reencode", draws="fresh", vae_warmup_kimg=warmup)
+        objective = SoftIntroVaeConfig(
+            **weights, decoder_z="reencode", draws="fresh", vae_warmup_kimg=warmup, vae_warmup_scale="one"
+        )
         strategy = Replicated(players, self.optim.build(players))
         self.iteration = Iteration(self.net.model, objective.build(self.net.model.sample_shape), strategy)
         self.ema = Ema(EmaConfig(half_life_kimg=EMA_HALF_LIFE_KIMG, rampup=0), self.net.model)

@@ -216,9 +216,9 @@ def test_warm_up_ends_on_the_image(config: SoftIntroVaeConfig | IntroVaeConfig) 
     assert [phase.trains for phase in objective.phases(1500)] == [("encoder",), ("decoder",)]
 
 
-def test_warm_up_loss_has_no_scale() -> None:
+def test_published_warm_up_loss_has_no_scale() -> None:
     model, x = setting()
-    soft = replace(SOFT, scale=1e-3, vae_warmup_kimg=1.0).build((2,))
+    soft = replace(SOFT, scale=1e-3, vae_warmup_kimg=1.0, vae_warmup_scale="one").build((2,))
     intro = replace(INTRO, vae_warmup_kimg=1.0).build((2,))
     for objective, beta_rec, beta_kl in ((soft, SOFT.beta_rec, SOFT.beta_kl), (intro, 1.0, 1.0)):
         result, _ = phases_of(objective, model, x, Draws(Noise()))["joint"]
