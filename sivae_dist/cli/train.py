@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
@@ -14,6 +15,7 @@ from sivae_dist.cli.errors import guarded
 from sivae_dist.config import NAMED, RunConfig, from_dict, merge, read_yaml, to_dict, to_yaml
 
 PROG = "sivae-dist train"
+TELL_S = 15.0  # the first rank to end makes the launcher end the others: time for rank 0 to tell and end first
 
 
 @dataclass(frozen=True)
@@ -50,15 +52,21 @@ def parse(arguments: list[str]) -> TrainCommand:
     names = {section: {"name": name} for section in NAMED if (name := _option(arguments, f"--{section}.name"))}
     run = from_dict(merge(values, names), path or "the command line")
     default = TrainCommand(run, config=path)
-    command: TrainCommand = tyro.cli(
-        TrainCommand,
-        prog=PROG,
-        args=arguments,
-        default=default,
-        config=(tyro.conf.FlagCreatePairsOff, tyro.conf.AvoidSubcommands),
-        use_underscores=True,
-        console_outputs=os.environ.get("RANK", "0") == "0",  # all ranks have the same options: one of them tells
-    )
+    teller = os.environ.get("RANK", "0") == "0"  # all ranks have the same options: one of them tells what is wrong
+    try:
+        command: TrainCommand = tyro.cli(
+            TrainCommand,
+            prog=PROG,
+            args=arguments,
+            default=default,
+            config=(tyro.conf.FlagCreatePairsOff, tyro.conf.AvoidSubcommands),
+            use_underscores=True,
+            console_outputs=teller,
+        )
+    except SystemExit:
+        if not teller:
+            time.sleep(TELL_S)
+        raise
     # Once more through the checks of values from files: numbers must be finite and of bounded size here, too.
     return replace(command, run=from_dict(to_dict(command.run), "the command line"))
 
