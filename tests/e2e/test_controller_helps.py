@@ -53,22 +53,18 @@ def live(scenes: Path, out: Path, beta_neg: float, controller: dict[str, Any]) -
 
 @pytest.mark.slow
 def test_much_too_small_beta_neg(scenes: Path, tmp_path: Path) -> None:
-    """Without: fakes lead, then their KL runs away and takes the reconstruction with it. With: it trains."""
+    """Without: the fakes' KL runs away and takes reconstruction and samples with it. With: it trains."""
     without, held = live(scenes, tmp_path / "a", 4.0, {}), live(scenes, tmp_path / "b", 4.0, CONTROLLER)
-    assert min(without["gaps"]) < -0.15
-    assert min(held["gaps"]) > -0.1
-    assert sum(held["gaps"][-4:]) > 0
-    assert held["rec"] < 0.6 * without["rec"]
-    assert held["psnr"] > without["psnr"] + 2
-    assert held["swd_ratio"] < 0.6
+    assert min(held["gaps"]) > 0
+    assert held["rec"] < 0.7 * without["rec"]
+    assert held["psnr"] > without["psnr"] + 0.5
+    assert held["swd_ratio"] < 0.75 * without["swd_ratio"]
 
 
 @pytest.mark.slow
 def test_much_too_large_beta_neg(scenes: Path, tmp_path: Path) -> None:
     """Without: exp(alpha ELBO) of fakes is zero, nobody pushes them away, kl_real > kl_fake for good."""
     without, held = live(scenes, tmp_path / "a", 9000.0, {}), live(scenes, tmp_path / "b", 9000.0, CONTROLLER)
-    assert max(without["gaps"]) < -0.2
-    assert min(held["gaps"]) > -0.1
-    assert sum(held["gaps"][-4:]) > 0
-    assert held["rec"] < without["rec"]
-    assert held["swd_ratio"] < 0.6
+    assert max(without["gaps"]) < 0.05
+    assert min(held["gaps"][-4:]) > 0.05
+    assert held["swd_ratio"] < 0.75
