@@ -6,6 +6,9 @@ import difflib
 from collections.abc import Iterable
 
 
+LONGEST = 2000  # characters of a message
+
+
 class UserError(Exception):
     """A mistake in the user's input, configuration or machine.
 
@@ -14,6 +17,8 @@ class UserError(Exception):
     """
 
     def __init__(self, what: str, fix: str = "") -> None:
+        if len(what) > LONGEST:  # a value quoted from a damaged file may be of any length
+            what = f"{what[:LONGEST]} ... ({len(what)} characters)"
         self.what, self.fix = what, fix
         super().__init__(f"{what}\n  fix: {fix}" if fix else what)
 
