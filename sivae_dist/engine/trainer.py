@@ -39,6 +39,7 @@ from sivae_dist.engine.tracking import Progress, Tracker
 from sivae_dist.errors import UserError
 from sivae_dist.evaluation.grids import save_png
 from sivae_dist.models import Autoencoder
+from sivae_dist.models.blocks import recompute_blocks
 from sivae_dist.objectives import Objective
 
 
@@ -127,6 +128,7 @@ class Trainer:
         model = synchronise_batch_norm(self.config.model.build(), self.group).to(self.device)
         if len(model.sample_shape) == 3:  # images; points have no channels to put last
             model.to(memory_format=self.layout)  # type: ignore[call-overload]
+        recompute_blocks(model, self.config.train.recompute_from)
         return model
 
     def _open_stream(self) -> Stream:

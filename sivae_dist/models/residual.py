@@ -20,12 +20,14 @@ from torch.nn import functional
 
 from sivae_dist.errors import UserError
 from sivae_dist.models.base import Autoencoder, ModelConfig
+from sivae_dist.models.blocks import Block as Recomputable
 from sivae_dist.models.posterior import Posterior, Prior
 
 Block = Literal["soft_introvae", "introvae"]
 Norm = Literal["batch", "group"]
 EqualWidthSkip = Literal["identity", "published_introvae"]
 Output = Literal["linear", "sigmoid"]
+Resample = Literal["up", "down", "none"]
 
 SLOPE = 0.2  # of every LeakyReLU
 LARGEST_SHARED_INT = 256  # CPython keeps one object per integer up to here; see ResidualConfig.equal_width_skip
@@ -44,15 +46,33 @@ def leaky(x: Tensor) -> Tensor:
     return functional.leaky_relu(x, SLOPE, inplace=True)
 
 
-class ResidualBlock(nn.Module):
+class Stem(Recomputable):
+    """5x5 convolution, norm, LeakyReLU, /2; (B, C, H, W) -> (B, width, H / 2, W / 2)."""
+
+    def __init__(self, channels_in: int, width: int, norm: Norm) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels_in, width, 5, padding=2, bias=False)
+        self.norm = make_norm(norm, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The way in."""
+        return functional.avg_pool2d(leaky(self.norm(self.conv(x))), 2)
+
+
+class ResidualBlock(Recomputable):
     """conv3x3, norm, LeakyReLU, conv3x3, then the tail; (B, width_in, H, W) -> (B, width_out, H, W).
 
     Tail of `soft_introvae`: LeakyReLU(norm(.) + skip). Tail of `introvae`: LeakyReLU(norm(. + skip)).
     skip: identity, or a 1x1 convolution without norm or bias when `project`.
+    resample: x2 (nearest) before everything, or /2 (mean) after everything: part of the block, so that a block which is
+    recomputed keeps the smaller map.
     """
 
-    def __init__(self, width_in: int, width_out: int, *, block: Block, norm: Norm, project: bool) -> None:
+    def __init__(
+        self, width_in: int, width_out: int, *, block: Block, norm: Norm, project: bool, resample: Resample = "none"
+    ) -> None:
         super().__init__()
+        self.resample = resample
         self.norm_after_sum = block == "introvae"
         self.skip = nn.Conv2d(width_in, width_out, 1, bias=False) if project else nn.Identity()
         self.conv1 = nn.Conv2d(width_in, width_out, 3, padding=1, bias=False)
@@ -60,11 +80,18 @@ class ResidualBlock(nn.Module):
         self.conv2 = nn.Conv2d(width_out, width_out, 3, padding=1, bias=False)
         self.norm2 = make_norm(norm, width_out)
 
+    def pixels(self, x: Tensor) -> int:
+        """See Block.pixels."""
+        return x.shape[-1] * (2 if self.resample == "up" else 1)
+
     def forward(self, x: Tensor) -> Tensor:
         """One block."""
+        if self.resample == "up":
+            x = functional.interpolate(x, scale_factor=2, mode="nearest")
         skip = self.skip(x)
         h = self.conv2(leaky(self.norm1(self.conv1(x))))
-        return leaky(self.norm2(h + skip)) if self.norm_after_sum else leaky(self.norm2(h) + skip)
+        h = leaky(self.norm2(h + skip)) if self.norm_after_sum else leaky(self.norm2(h) + skip)
+        return functional.avg_pool2d(h, 2) if self.resample == "down" else h
 
 
 def join_condition(features: Tensor, condition: Tensor | None, condition_dim: int) -> Tensor:
@@ -87,21 +114,19 @@ class ResidualEncoder(nn.Module):
 
     def __init__(self, config: ResidualConfig) -> None:
         super().__init__()
-        widths, kind = config.channels, config.norm
+        widths = config.channels
         self.condition_dim = config.condition_dim
-        self.stem = nn.Sequential()
-        self.stem.add_module("conv", nn.Conv2d(config.channels_in, widths[0], 5, padding=2, bias=False))
-        self.stem.add_module("norm", make_norm(kind, widths[0]))
+        self.stem = Stem(config.channels_in, widths[0], config.norm)
         pairs = itertools.pairwise(widths)
-        self.stages = nn.ModuleList(config.make_block(a, b, between_widths=True) for a, b in pairs)
+        self.stages = nn.ModuleList(config.make_block(a, b, between_widths=True, resample="down") for a, b in pairs)
         self.last = config.make_block(widths[-1], widths[-1], between_widths=False)
         self.head = nn.Linear(widths[-1] * config.bottom**2 + config.condition_dim, 2 * config.zdim)
 
     def forward(self, x: Tensor, condition: Tensor | None = None) -> Posterior:
         """Encodes; the first half of the linear output is mu, the second logvar."""
-        h = functional.avg_pool2d(leaky(self.stem(x)), 2)
+        h = self.stem(x)
         for stage in self.stages:
-            h = functional.avg_pool2d(stage(h), 2)
+            h = stage(h)
         h = join_condition(self.last(h).flatten(1), condition, self.condition_dim)
         mu, logvar = self.head(h).chunk(2, dim=1)
         return Posterior(mu, logvar)
@@ -119,8 +144,9 @@ class ResidualDecoder(nn.Module):
         self.head = nn.Linear(config.zdim + config.condition_dim, widths[0] * config.bottom**2)
         first = config.make_block(widths[0], widths[0], between_widths=False)
         pairs = itertools.pairwise(widths)
-        self.stages = nn.ModuleList([first, *(config.make_block(a, b, between_widths=True) for a, b in pairs)])
-        self.last = config.make_block(widths[-1], widths[-1], between_widths=False)
+        stages = (config.make_block(a, b, between_widths=True, resample="up") for a, b in pairs)
+        self.stages = nn.ModuleList([first, *stages])
+        self.last = config.make_block(widths[-1], widths[-1], between_widths=False, resample="up")
         self.output = nn.Conv2d(widths[-1], config.channels_in, 5, padding=2)
 
     def forward(self, z: Tensor, condition: Tensor | None = None) -> Tensor:
@@ -128,7 +154,7 @@ class ResidualDecoder(nn.Module):
         h = functional.relu(self.head(join_condition(z, condition, self.condition_dim)))
         h = h.reshape(-1, *self.bottom_shape)
         for stage in self.stages:
-            h = functional.interpolate(stage(h), scale_factor=2, mode="nearest")
+            h = stage(h)
         x_hat: Tensor = self.output(self.last(h))
         return torch.sigmoid(x_hat) if self.bounded else x_hat
 
@@ -172,11 +198,13 @@ class ResidualConfig(ModelConfig):
         """Pixels a side of the smallest map."""
         return self.image_size >> len(self.channels)
 
-    def make_block(self, width_in: int, width_out: int, *, between_widths: bool) -> ResidualBlock:
+    def make_block(
+        self, width_in: int, width_out: int, *, between_widths: bool, resample: Resample = "none"
+    ) -> ResidualBlock:
         """A block. between_widths: the widths are consecutive entries of `channels` (see equal_width_skip)."""
         quirk = self.equal_width_skip == "published_introvae" and width_in > LARGEST_SHARED_INT
         project = width_in != width_out or (between_widths and quirk)
-        return ResidualBlock(width_in, width_out, block=self.block, norm=self.norm, project=project)
+        return ResidualBlock(width_in, width_out, block=self.block, norm=self.norm, project=project, resample=resample)
 
     def check(self) -> None:
         """Raises UserError for values that make no network."""

@@ -20,6 +20,7 @@ from sivae_dist.distributed.replicated import Replicated
 from sivae_dist.distributed.sync_batch_norm import synchronise_batch_norm
 from sivae_dist.engine.iteration import Iteration
 from sivae_dist.engine.optim import OptimConfig, PlayerOptim
+from sivae_dist.models.blocks import recompute_blocks
 from sivae_dist.models.residual import ResidualConfig
 from sivae_dist.models.style import StyleConfig
 from sivae_dist.objectives.introvae import IntroVaeConfig
@@ -34,6 +35,9 @@ CASES = {
     "soft-one-image": (SoftIntroVaeConfig(beta_neg=4.0), "group", 1, 1),
     "introvae": (IntroVaeConfig(margin=1.0, beta_rec=0.3), "batch", 1, 7),
     "vae": (VaeConfig(), "batch", 1, 5),
+    "soft-recomputed": (SoftIntroVaeConfig(beta_neg=4.0, gamma_r=0.5), "batch", 1, 7),
+    "soft-recomputed-one-image": (SoftIntroVaeConfig(beta_neg=4.0), "batch", 1, 1),
+    "style-recomputed": (SoftIntroVaeConfig(beta_neg=4.0, decoder_z="reencode", draws="fresh"), "style", 1, 7),
     "style": (SoftIntroVaeConfig(beta_neg=4.0, decoder_z="reencode", draws="fresh"), "style", 1, 7),
 }
 STYLE_LEVEL = 1  # of three: the parameters of the finest level are used by no rank
@@ -66,6 +70,7 @@ def run(case: str, group: Group, iterations: int = 3) -> Iterator[tuple[str, np.
         model = ResidualConfig(image_size=SIZE, channels=(4, 6), zdim=5, norm=norm).build().double()
         optim = OptimConfig()
     synchronise_batch_norm(model, group)
+    recompute_blocks(model, 0 if "recomputed" in case else None)
     players = {"encoder": model.encoder, "decoder": model.decoder}
     strategy = Replicated(players, optim.build(players), group, clip_norm=0.5)
     step = Iteration(model, objective.build(model.sample_shape), strategy, accumulation=accumulation)

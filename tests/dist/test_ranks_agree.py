@@ -27,12 +27,26 @@ def test_several_ranks_equal_one(ranks: int, alone: dict[str, np.ndarray], tmp_p
     assert done.returncode == 0, done.stdout + done.stderr
     together = np.load(file)
     assert set(together.files) == set(alone)
+    assert_recomputed_equal(dict(together))
     for name, expected in alone.items():
         scale = max(float(np.abs(expected).max(initial=0.0)), 1e-12)
         # A bias in front of a normalisation has gradient zero but for rounding.
         floor = max(scale, 1e-4) if "gradient" in name else scale
         error = float(np.abs(together[name] - expected).max(initial=0.0)) / floor
         assert error <= TOLERANCE, f"{name}: {error:.2e}"
+
+
+def assert_recomputed_equal(numbers: dict[str, np.ndarray]) -> None:
+    """Blocks that are computed twice change nothing, bit for bit."""
+    for case in ("soft", "style"):
+        names = [name for name in numbers if name.startswith(f"{case}/")]
+        assert names
+        for name in names:
+            assert np.array_equal(numbers[name], numbers[name.replace(case, f"{case}-recomputed", 1)]), name
+
+
+def test_recomputed_blocks_change_nothing(alone: dict[str, np.ndarray]) -> None:
+    assert_recomputed_equal(alone)
 
 
 def test_the_comparison_sees_a_wrong_gradient(alone: dict[str, np.ndarray]) -> None:

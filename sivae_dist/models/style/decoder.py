@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from sivae_dist import counters
 from sivae_dist.models.base import DecoderDraws
+from sivae_dist.models.blocks import Block
 from sivae_dist.models.style.layers import (
     Conv1x1,
     Conv3x3,
@@ -35,7 +36,7 @@ TO_RGB_GAIN = 0.03
 STYLE_GAIN = 1.0
 
 
-class DecoderBlock(nn.Module):
+class DecoderBlock(Block):
     """x (B, width_in, H, W), two styles (B, latent_size) -> (B, width_out, 2 H, 2 W); the first keeps the size."""
 
     def __init__(self, index: int, width_in: int, width_out: int, latent_size: int, *, fused: bool) -> None:
@@ -49,6 +50,10 @@ class DecoderBlock(nn.Module):
         self.noise_weight_2 = nn.Parameter(torch.zeros(1, width_out, 1, 1))
         self.bias_2 = nn.Parameter(torch.zeros(1, width_out, 1, 1))
         self.style_2 = Linear(latent_size, 2 * width_out, gain=STYLE_GAIN)
+
+    def pixels(self, x: Tensor) -> int:
+        """See Block.pixels."""
+        return x.shape[-1] * (1 if self.conv_1 is None else 2)
 
     def forward(self, x: Tensor, style_1: Tensor, style_2: Tensor, noise: NoiseSource) -> Tensor:
         """Twice: convolution, noise, bias, LeakyReLU, instance norm, modulation."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from sivae_dist.models.blocks import Block
 from sivae_dist.models.posterior import Posterior
 from sivae_dist.models.style.layers import (
     Conv1x1,
@@ -28,7 +29,17 @@ if TYPE_CHECKING:
 EPS = 1e-5  # of the encoder's instance norms
 
 
-class EncoderBlock(nn.Module):
+class FromRgb(Block, Conv1x1):
+    """The image as input of a block, (B, C, H, W) -> (B, width, H, W). LeakyReLU acts twice (slope 0.04 in the end), as
+    published.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Convolution and both."""
+        return leaky(leaky(super().forward(x)))
+
+
+class EncoderBlock(Block):
     """x (B, width_in, H, W) -> features (B, width_out, H/2, W/2), style (B, latent_size)."""
 
     def __init__(self, width_in: int, width_out: int, latent_size: int, *, fused: bool) -> None:
@@ -61,7 +72,7 @@ class StyleEncoder(nn.Module):
         super().__init__()
         layers, latent = config.layer_count, config.latent_size
         widths = [min(config.maxf, config.startf * 2**i) for i in range(layers + 1)]
-        self.from_rgb = nn.ModuleList(Conv1x1(config.channels_in, width) for width in widths[:-1])
+        self.from_rgb = nn.ModuleList(FromRgb(config.channels_in, width) for width in widths[:-1])
         self.blocks = nn.ModuleList(
             EncoderBlock(widths[i], widths[i + 1], latent, fused=config.is_fused(layers - 1 - i)) for i in range(layers)
         )
@@ -91,16 +102,11 @@ class StyleEncoder(nn.Module):
         first = len(self.blocks) - 1 - self.level
         h: Tensor
         style: Tensor
-        h, style = self.blocks[first](self._features(first, x))
+        h, style = self.blocks[first](self.from_rgb[first](x))
         if self.blend != 1:
-            below = self._features(first + 1, functional.avg_pool2d(x, 2))
+            below = self.from_rgb[first + 1](functional.avg_pool2d(x, 2))
             h, style = torch.lerp(below, h, self.blend), style * self.blend
         for block in self.blocks[first + 1 :]:
             h, contribution = block(h)
             style = style + contribution
         return style
-
-    def _features(self, block: int, x: Tensor) -> Tensor:
-        """The image as input of a block. LeakyReLU acts twice (slope 0.04 in the end), as published."""
-        h: Tensor = self.from_rgb[block](x)
-        return leaky(leaky(h))

@@ -1,0 +1,77 @@
+"""Parts of networks that may be computed a second time instead of being kept in memory (activation checkpointing).
+
+Between the forward and the backward pass of a phase, autograd keeps what every layer computed: at 1024 pixels this is
+what fills a device, not the weights. A block that is recomputed keeps its input alone and runs once more when its
+gradient is due. Results are the same bit for bit, since the second run computes the same from the same input:
+
+- what draws random numbers in a block draws them by name and position (`DecoderDraws`), so they repeat;
+- buffers (running statistics, averages) move in the first run only: the second works on copies. A block may therefore
+  not read a buffer that it moves itself;
+- autocast is in the second run what it was in the first;
+- collectives (batch norm over ranks) take place again, on all ranks in the same order, since all have the same graph.
+
+Which blocks do so is a setting of the run, never of the architecture or of a checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+
+class Block(nn.Module):
+    """A part of a network. Subclasses write `forward`, whose first argument is the map (B, C, H, W) to work on.
+
+    recompute_from: with maps of this many pixels a side or more the block keeps only its arguments until its backward
+                    pass, and computes the rest again there; None keeps everything. See `recompute_blocks`.
+    """
+
+    recompute_from: int | None = None
+
+    def pixels(self, x: Tensor) -> int:
+        """Pixels a side of the largest map that the block makes of x; one that enlarges x says so."""
+        return x.shape[-1]
+
+    def __call__(self, x: Tensor, *rest: Any) -> Any:
+        """As nn.Module's."""
+        if self.recompute_from is None or not torch.is_grad_enabled() or self.pixels(x) < self.recompute_from:
+            return super().__call__(x, *rest)
+        return checkpoint(
+            super().__call__, x, *rest, use_reentrant=False, preserve_rng_state=False, context_fn=self._runs
+        )
+
+    def _runs(self) -> tuple[AbstractContextManager[object], AbstractContextManager[object]]:
+        return nullcontext(), _on_copies(self)
+
+
+@contextmanager
+def _on_copies(block: nn.Module) -> Iterator[None]:
+    """Within, the buffers of a block are copies, which are then forgotten.
+
+    Putting old values back instead would tell autograd of a change to what it has saved elsewhere.
+    """
+    own = [(m, name, buffer) for m in block.modules() for name, buffer in m.named_buffers(recurse=False)]
+    for module, name, buffer in own:
+        setattr(module, name, buffer.clone())
+    try:
+        yield
+    finally:
+        for module, name, buffer in own:
+            setattr(module, name, buffer)
+
+
+def recompute_blocks(model: nn.Module, from_pixels: int | None) -> int:
+    """Sets which blocks are recomputed: those whose maps have `from_pixels` a side or more (0: all; None: none).
+
+    The present resolution counts, so that a growing model recomputes more as it grows. Returns how many blocks there
+    are; an architecture without blocks keeps everything.
+    """
+    blocks = [module for module in model.modules() if isinstance(module, Block)]
+    for block in blocks:
+        block.recompute_from = from_pixels
+    return len(blocks)
