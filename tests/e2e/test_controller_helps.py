@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import sivae_dist
+from running import sivae_dist
 
 import sivae_dist as package
 from sivae_dist.config import from_dict

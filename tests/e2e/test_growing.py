@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL, final_files, results
 from PIL import Image
+from running import SMALL, final_files, results
 
 import sivae_dist
 from sivae_dist.config import from_dict

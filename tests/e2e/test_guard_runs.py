@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, environment, final_files, results
 from launching import accelerate_launch
+from running import ROOT, environment, final_files, results
 
 import sivae_dist
 from sivae_dist.config import from_dict, merge, read_yaml

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, environment, final_files, results, sivae_dist
+from running import ROOT, environment, final_files, results, sivae_dist
 
 SYNCS_A_WRITE = 9  # five files, the folder, the parent, the parent once more after `latest`; one spare
 

@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import environment, sivae_dist
 from launching import accelerate_launch
 from PIL import Image
+from running import environment, sivae_dist
 
 import sivae_dist as package
 

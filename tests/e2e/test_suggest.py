@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import SMALL, sivae_dist
+from running import SMALL, sivae_dist
 
 from sivae_dist.apps.suggest import LEAD, Measured, default_model, propose_hinge, propose_soft
 from sivae_dist.cli.suggest import suggest
