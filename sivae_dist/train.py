@@ -1,10 +1,24 @@
-"""`accelerate launch [flags] -m sivae_dist.train --config configs/NAME.yaml [--section.key value ...]`."""
+"""`accelerate launch [flags] -m sivae_dist.train --config configs/NAME.yaml [--section.key value ...]`.
+
+Once this module is imported, Python makes it the attribute `train` of the package, where the function of that name was:
+so the module can be called, and is that function.
+"""
 
 from __future__ import annotations
 
 import sys
+from types import ModuleType
+from typing import Any
 
 from sivae_dist.cli.errors import guarded
+
+
+class _Callable(ModuleType):
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        """`sivae_dist.engine.trainer.train`, see there."""
+        from sivae_dist.engine.trainer import train  # noqa: PLC0415 (loads torch)
+
+        return train(*arguments, **options)
 
 
 def _train(arguments: list[str]) -> None:
@@ -20,3 +34,5 @@ def main(arguments: list[str] | None = None) -> None:
 
 if __name__ == "__main__":
     main()
+else:
+    sys.modules[__name__].__class__ = _Callable

@@ -1,0 +1,31 @@
+"""The names at the top of the package, whatever was imported before."""
+
+from __future__ import annotations
+
+import importlib
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+import sivae_dist
+
+
+def test_train_stays_callable_once_the_module_of_that_name_is_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`python -m sivae_dist.train` needs a module, and a submodule becomes an attribute of its package."""
+    calls: list[Any] = []
+    monkeypatch.setattr("sivae_dist.engine.trainer.train", lambda *a, **k: calls.append((a, k)) or "folder")
+    module = importlib.import_module("sivae_dist.train")
+    monkeypatch.setattr(sivae_dist, "train", module, raising=False)  # as right after the import
+    assert sivae_dist.train("config", "out", dry_run=True) == "folder"
+    monkeypatch.delattr(sivae_dist, "train")
+    assert sivae_dist.train("config", "other") == "folder"
+    assert calls == [(("config", "out"), {"dry_run": True}), (("config", "other"), {})]
+    assert callable(module.main)
+
+
+def test_in_a_fresh_interpreter() -> None:
+    code = "import sivae_dist, sivae_dist.train; sivae_dist.train()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120)
+    assert "train() missing 2 required positional arguments: 'config' and 'out'" in done.stderr
