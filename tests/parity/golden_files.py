@@ -26,7 +26,6 @@ DEFAULT_FOLDER = HERE.parent / "golden"
 LEFT_OUT = {
     "points3d_*:*": "the point-cloud network is not part of the project yet",
     "bootstrap_*:*": "the target-decoder objective is not part of the project yet",
-    "ops_*:*": "the operators of the modulated (StyleGAN2) network are not part of the project yet",
     "fullsize_*:points3d/*": "the point-cloud network is not part of the project yet",
     "twod_*:toy/*": "statistics of the toy data sets: no network or objective",
     "twod_*:metric/*": "2-D evaluation metrics: no network or objective",

@@ -22,6 +22,7 @@ from sivae_dist.models.style.layers import (
     leaky,
     lr_multipliers,
     standardised,
+    unit_second_moment,
     wide,
 )
 
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 Noise = Literal["random", "batch_constant", "fixed", "off", "published_bump"]
 AverageUpdates = Literal["training", "published"]
 
-EPS = 1e-8  # of the decoder's instance norms and of the normalisation of z
+EPS = 1e-8  # of the decoder's instance norms
 TO_RGB_GAIN = 0.03
 STYLE_GAIN = 1.0
 
@@ -156,7 +157,7 @@ class StyleDecoder(nn.Module):
 
     def map(self, z: Tensor) -> Tensor:
         """z (B, latent_size), brought to unit second moment, through the mapping network: w (B, latent_size)."""
-        w: Tensor = self.mapping(z * torch.rsqrt(z.square().mean(dim=1, keepdim=True) + EPS))
+        w: Tensor = self.mapping(unit_second_moment(z))
         return w
 
     def styles(self, z: Tensor, draws: DecoderDraws | None = None) -> Tensor:

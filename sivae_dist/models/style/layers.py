@@ -161,6 +161,11 @@ def standardised(x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     return centred * torch.rsqrt(var + eps), mean.flatten(1), std.flatten(1)
 
 
+def unit_second_moment(x: Tensor) -> Tensor:
+    """x (B, F) / sqrt(mean of squares over F + 1e-8), (B, F)."""
+    return x * torch.rsqrt(x.square().mean(dim=1, keepdim=True) + 1e-8)
+
+
 def wide(x: Tensor) -> Tensor:
     """At least float32."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
