@@ -95,3 +95,8 @@ def normal(counter_key: int, samples: Tensor, shape: tuple[int, ...], dtype: tor
 def coin(counter_key: int, numbers: np.ndarray) -> np.ndarray:
     """A fair seeded bit per number (bool): the mirror decision of a sample, for instance."""
     return (hash64(counter_key, numbers) >> np.uint64(63)).astype(bool)
+
+
+def uniform(counter_key: int, numbers: np.ndarray) -> np.ndarray:
+    """A seeded number in (0, 1) per number (float64)."""
+    return ((hash64(counter_key, numbers) >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53

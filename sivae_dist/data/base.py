@@ -13,6 +13,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from sivae_dist.data.augment import Drawn
+
 
 @dataclass
 class Batch:
@@ -37,19 +39,19 @@ class HostBatch:
 
     data:     (B, C, H, W) uint8, 0..255; or floating point of any shape, passed through unchanged (points)
     position: (B,) int64; may be empty when this rank owns no sample of the global batch
-    mirror:   (B,) bool, which images to flip left-right, or None
+    augment:  random changes that `to` makes to the pictures, or None
     """
 
     data: Tensor
     position: Tensor
     label: Tensor | None = None
-    mirror: Tensor | None = None
+    augment: Drawn | None = None
 
     def pin_memory(self) -> HostBatch:
         """Page-locked copy, so that `to` overlaps with computation (torch's DataLoader calls this)."""
         label = None if self.label is None else self.label.pin_memory()
-        mirror = None if self.mirror is None else self.mirror.pin_memory()
-        return HostBatch(self.data.pin_memory(), self.position.pin_memory(), label, mirror)
+        augment = None if self.augment is None else self.augment.pin_memory()
+        return HostBatch(self.data.pin_memory(), self.position.pin_memory(), label, augment)
 
     def to(
         self,
@@ -59,11 +61,10 @@ class HostBatch:
         dtype: torch.dtype = torch.float32,
         memory_format: torch.memory_format = torch.contiguous_format,
     ) -> Batch:
-        """Moves the bytes, then mirrors and scales 0..255 to `input_range` there: a quarter of the traffic."""
+        """Moves the bytes, then augments and scales 0..255 to `input_range` there: a quarter of the traffic."""
         x = self.data.to(device, non_blocking=True)
-        if self.mirror is not None:
-            flip = self.mirror.to(device, non_blocking=True).view(-1, *[1] * (x.dim() - 1))
-            x = torch.where(flip, x.flip(-1), x)
+        if self.augment is not None:
+            x = self.augment.move(x)
         if not x.is_floating_point():
             low, high = input_range or (0.0, 1.0)
             x = (
@@ -72,6 +73,8 @@ class HostBatch:
                 else x.to(dtype).div_(255.0)
             )
         x = x.to(dtype)
+        if self.augment is not None:
+            x = self.augment.colour(x)
         if x.dim() == 4:
             x = x.contiguous(memory_format=memory_format)
         label = None if self.label is None else self.label.to(device, non_blocking=True)

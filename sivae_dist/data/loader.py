@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from sivae_dist.counters import coin, key
+from sivae_dist.data.augment import Augmentation, Fill
 from sivae_dist.data.base import DataConfig, HostBatch
 from sivae_dist.data.manifest import Manifest, ShardInfo
 from sivae_dist.data.plan import Plan
@@ -41,7 +41,14 @@ class ShardsConfig(DataConfig):
     prefetch: int = 4
     """Batches that each of them keeps ready."""
     mirror: bool = True
-    """Flip half of the pictures left-right, chosen anew each time a picture is served."""
+    """Flip half of the pictures left-right. This and what follows is drawn anew each time a picture is served; held-out
+    pictures stay as they are."""
+    shift_px: int = 0
+    """Move pictures by up to this many whole pixels, vertically and horizontally."""
+    shift_fill: Fill = "white"
+    """What enters at the borders then: white, black, edge (the outermost pixel) or reflect."""
+    hue: float = 0.0
+    """Turn hues by up to this share of the colour circle either way; 0.5 gives any hue. Grey and white stay."""
     timeout_s: int = 600
     """A batch that takes longer than this is an error instead of a hang."""
 
@@ -66,7 +73,7 @@ class _Settings:
     manifest: Manifest
     shards: tuple[ShardInfo, ...]
     plan: Plan | None  # None: positions are sample numbers in shard order
-    mirror_key: int | None
+    augmentation: Augmentation | None
 
 
 class _Pictures(Dataset[HostBatch]):
@@ -96,8 +103,8 @@ class _Pictures(Dataset[HostBatch]):
         for row, sample in zip(data, samples, strict=True):
             row.copy_(torch.from_numpy(sample.image))
         label = torch.tensor([x.label or 0 for x in samples], dtype=torch.int64) if s.manifest.classes else None
-        mirror = None if s.mirror_key is None else torch.from_numpy(coin(s.mirror_key, positions))
-        return HostBatch(data, torch.from_numpy(positions), label, mirror)
+        drawn = None if s.augmentation is None else s.augmentation.draw(positions)
+        return HostBatch(data, torch.from_numpy(positions), label, drawn)
 
     def _read(self, shard: np.ndarray, number: np.ndarray) -> list[Sample]:
         """Samples in the order asked for, but read shard by shard and forwards, which disks and caches like."""
@@ -203,8 +210,9 @@ class ShardStream:
         self.plan = Plan([s.count for s in shards], lanes=config.lanes, window=config.window, seed=seed, salt=salt)
         self.sample_shape: tuple[int, ...] = (m.channels, m.resolution, m.resolution)
         self.epoch_size, self.classes, self.fingerprint = self.plan.epoch_size, m.classes, m.fingerprint
-        mirror_key = key(seed, "mirror") if config.mirror else None
-        self._train = _Settings(config.url, m, shards, self.plan, mirror_key)
+        augmentation = Augmentation(seed, config.mirror, config.shift_px, config.shift_fill, config.hue)
+        augmentation.check(m.channels, m.resolution)
+        self._train = _Settings(config.url, m, shards, self.plan, augmentation)
         self.held_out_split = config.held_out_split if m.of(config.held_out_split) else config.split
         self._held_out = _Settings(config.url, m, m.of(self.held_out_split), None, None)
         self._running: weakref.WeakSet[_Batches] = weakref.WeakSet()

@@ -17,7 +17,8 @@ from sivae_dist.models import Autoencoder
 
 # A resumed run must agree with its checkpoint in these: they fix what the weights mean and which sample comes when.
 NEEDED = ("plan_salt", "sums", "data", "config")
-FIXED = ("model", "progressive", "train.seed", "data.split", "data.lanes", "data.window", "data.mirror")
+_PICTURES = tuple(f"data.{name}" for name in ("split", "lanes", "window", "mirror", "shift_px", "shift_fill", "hue"))
+FIXED = ("model", "progressive", "train.seed", *_PICTURES)
 
 
 def find(run: RunFolder, resume_from: str, config: RunConfig) -> Snapshot | None:

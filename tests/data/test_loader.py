@@ -44,7 +44,7 @@ def served(folder, *, start=0, size=6, batches=10, ranks=1, **config):
                 assert low <= position < low + size
                 assert position not in found
                 label = None if batch.label is None else int(batch.label[i])
-                found[position] = (bool(batch.mirror[i]), label, batch.data[i].numpy().tobytes())
+                found[position] = (bool(batch.augment.mirror[i]), label, batch.data[i].numpy().tobytes())
         source.close()
     return found
 
@@ -89,7 +89,7 @@ def test_batches_hold_what_the_plan_says(packed):
     assert batch.data.dtype == torch.uint8
     assert batch.data.shape == (10, 3, 16, 16)
     assert batch.position.tolist() == list(range(30, 40))
-    assert batch.mirror.tolist() == coin(key(5, "mirror"), np.arange(30, 40)).tolist()
+    assert batch.augment.mirror.tolist() == coin(key(5, "mirror"), np.arange(30, 40)).tolist()
     shard, number = source.plan.locate(np.arange(30, 40))
     pictures, labels = [], []
     reader = ShardReader(FolderStore(packed), source.manifest, source.manifest.of("train"))
@@ -109,7 +109,7 @@ def test_salt_and_seed_change_the_order_and_mirror_can_be_switched_off(packed):
     base = [p for _, _, p in served(packed, batches=6).values()]
     assert [p for _, _, p in served(packed, batches=6, salt=1).values()] != base
     assert [p for _, _, p in served(packed, batches=6, seed=6).values()] != base
-    assert next(stream(packed, mirror=False).batches(0, 4)).mirror is None
+    assert next(stream(packed, mirror=False).batches(0, 4)).augment.mirror is None
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -120,7 +120,7 @@ def test_a_rank_without_samples_gets_empty_batches(packed, workers):
     batches = source.batches(0, 4)
     empty = next(batches)
     assert empty.data.shape == (0, 3, 16, 16)
-    assert empty.mirror.shape == empty.label.shape == (0,)
+    assert empty.augment.mirror.shape == empty.label.shape == (0,)
     assert len(empty.to(torch.device("cpu"), (0.0, 1.0))) == 0
     source.close()
 
@@ -132,7 +132,7 @@ def test_held_out_is_shared_by_the_ranks(packed, workers):
         for rank in range(2):
             source = stream(packed, rank=rank, ranks=2, workers=workers)
             for batch in source.held_out(limit, batch=2):
-                assert batch.mirror is None
+                assert batch.augment is None
                 assert batch.label is not None
                 positions += batch.position.tolist()
                 pictures |= {x.numpy().tobytes() for x in batch.data}

@@ -86,3 +86,14 @@ def test_trains_on_data_of_its_name_and_size(recipe: str) -> None:
 @pytest.mark.parametrize("recipe", ["cifar10_residual", "svhn_residual", "mnist_residual", "fashionmnist_residual"])
 def test_digits_are_not_mirrored(recipe: str) -> None:
     assert load(recipe).data.mirror is False  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_only_the_monsters_are_shifted_and_recoloured(recipe: str) -> None:
+    """As in the authors' image code."""
+    data = load(recipe).data
+    changes = (data.mirror, data.shift_px, data.shift_fill, data.hue)  # type: ignore[attr-defined]
+    if recipe.startswith("monsters"):
+        assert changes == (True, 5, "white", 0.5)
+    else:
+        assert changes[1] == changes[3] == 0
