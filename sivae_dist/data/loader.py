@@ -49,8 +49,9 @@ class ShardsConfig(DataConfig):
     """What enters at the borders then: white, black, edge (the outermost pixel) or reflect."""
     hue: float = 0.0
     """Turn hues by up to this share of the colour circle either way; 0.5 gives any hue. Grey and white stay."""
-    timeout_s: int = 600
-    """A batch that takes longer than this is an error instead of a hang."""
+    timeout_s: int = 300
+    """A batch that takes longer than this is an error instead of a hang. Less than distributed.timeout_s, within which
+    the other ranks wait for it: so all can save before they end."""
 
     def build(self, *, seed: int, salt: int, rank: int, ranks: int) -> ShardStream:
         """Reads the manifest only. Raises UserError for a folder or settings that cannot be used."""

@@ -33,6 +33,12 @@ class Group:
             dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
         return tensor
 
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on some rank: the same answer on all."""
+        if self.ranks == 1:
+            return flag
+        return bool(self.max_(torch.tensor(float(flag), device=self.device())).item())
+
     def mean(self, per_sample: Tensor) -> Tensor:
         """Mean of a (B, ...) tensor over all samples of all ranks (B may differ by rank), detached, of shape (...)."""
         sums = per_sample.detach().sum(0)

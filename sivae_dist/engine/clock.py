@@ -16,7 +16,6 @@ class Clock:
     """
 
     def __init__(self) -> None:
-        self.steps_ever = 0  # iterations ended since this clock was made
         self._reset()
 
     def _reset(self) -> None:
@@ -35,7 +34,6 @@ class Clock:
         """After the iteration over a global batch of `images`."""
         self._busy += time.perf_counter() - self._start
         self._steps += 1
-        self.steps_ever += 1
         self._images += images
 
     def read(self) -> dict[str, float]:

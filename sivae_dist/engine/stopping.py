@@ -7,8 +7,6 @@ import time
 from types import FrameType
 from typing import Any
 
-import torch
-
 from sivae_dist.distributed.group import Group
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -44,7 +42,4 @@ class StopSignals:
         """Whether any rank was asked to stop: the same answer on all ranks. Collective."""
         if self._deadline is not None and time.monotonic() >= self._deadline:
             self.asked = True
-        if self.group.ranks == 1:
-            return self.asked
-        flag = torch.tensor(float(self.asked), device=self.group.device())
-        return bool(self.group.max_(flag).item())
+        return self.group.any(self.asked)

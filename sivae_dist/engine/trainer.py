@@ -14,6 +14,7 @@ import torch
 from sivae_dist.config import RunConfig, to_dict, to_yaml
 from sivae_dist.data import HostBatch, Stream
 from sivae_dist.distributed import launch as launching
+from sivae_dist.distributed.failure import announced
 from sivae_dist.distributed.replicated import Replicated
 from sivae_dist.distributed.sync_batch_norm import synchronise_batch_norm
 from sivae_dist.engine import checkpoint, resume
@@ -113,6 +114,7 @@ class Trainer:
 
         # The whole position of a run: images seen, and the salt of data order and noise.
         self.nimg, self.salt = 0, 0
+        self.saved_nimg = 0  # where the last checkpoint was written or read
         self.good: Path | None = None  # the checkpoint to go back to; None: the beginning
         if saved is not None:
             with resume.reading_state_of(saved):
@@ -138,7 +140,7 @@ class Trainer:
 
     def _restore(self, saved: Snapshot) -> None:
         checkpoint.restore(saved, self.model, self.ema.model, self.optimizers)
-        self.nimg = saved.nimg
+        self.nimg = self.saved_nimg = saved.nimg
         self.meters.load(saved.state["sums"])
         self.scales.load(saved.state.get("loss_scales", {}))
         self.controller.load(saved.state.get("controller", {}))
@@ -206,15 +208,25 @@ class Trainer:
         return self.nimg >= total
 
     def _next(self, batches: Iterator[HostBatch]) -> HostBatch:
-        """The next batch. Where the data fail, what was trained since the last checkpoint is saved first."""
+        """The next batch. Where the data fail for a rank, all save together what was trained since the last checkpoint.
+
+        Collective. The error is raised on the rank that has it, and one without a text on the others.
+        """
+        failed: Exception | None = None
         try:
-            return next(batches)
-        except UserError:
-            size, every = self.growing.size(self.nimg), self.config.checkpoint.every_kimg
-            trained_here = self.clock.steps_ever > 0 and not due(self.nimg, size, every)
-            if trained_here and self.group.ranks == 1:  # other ranks would have to agree, and they wait elsewhere
-                self._save({})
-            raise
+            host_batch = next(batches)
+        except Exception as error:
+            failed = error
+        if not self.group.any(failed is not None):
+            return host_batch
+        if self.nimg != self.saved_nimg:
+            self._save({})
+            self.writer.wait()
+        self.group.barrier()  # the end of any rank is the end of all
+        if failed is None:
+            announced()
+            raise UserError("")
+        raise failed
 
     def _describe(self) -> None:
         if self.group.is_main:
@@ -252,6 +264,7 @@ class Trainer:
 
     def _save(self, results: dict[str, float]) -> None:
         """Begins a checkpoint. results: what was evaluated at exactly this point; ranks checkpoints for retention."""
+        self.saved_nimg = self.nimg
         self.meters.settle()
         self.controller.meters.settle()
         if self.guard.calm:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -11,8 +12,12 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
-from commands import ROOT, checkpoints, environment, start, until, write_config
+from commands import ROOT, SMALL, Runner, checkpoints, environment, start, until, write_config
+
+from sivae_dist.data.manifest import Manifest, ShardInfo
+from sivae_dist.data.plan import Plan
 
 pytestmark = pytest.mark.dist
 
@@ -77,6 +82,43 @@ def test_a_rank_whose_data_break_in_the_loop(shards: Path, tmp_path: Path) -> No
     assert 1 <= output.count("checksum differs") <= 2, output
     assert "another rank has gone" not in output
     assert checkpoints(tmp_path / "run")
+
+
+def test_one_rank_has_bad_data_and_all_save_first(run: Runner, shards: Path, tmp_path: Path) -> None:
+    """The image at position 25 stands in an odd lane: only rank 1 reads it, for the third batch. What two batches made
+    is in a checkpoint, the same as that of a run that was to end there; with the shard mended a run goes on from it."""
+    shard, number = (int(a[0]) for a in plan_of(shards).locate(np.array([25])))
+    name = infos_of(shards)[shard].name
+    row = json.loads((shards / f"{name}.index").read_text().splitlines()[1 + number])
+    changes = {"checkpoint": {"every_kimg": 100}}
+    config = write_config(tmp_path / "c.yaml", shards, **changes)
+    whole = launch(2, "--config", config, "--out", tmp_path / "whole", "--train.kimg", 0.02)
+    assert ended(whole, 90)[0] == 0
+    good = (shards / f"{name}.tar").read_bytes()
+    bad = bytearray(good)
+    bad[row[1] + row[2] // 2] ^= 0x10
+    (shards / f"{name}.tar").write_bytes(bad)
+    status, output = ended(launch(2, "--config", config, "--out", tmp_path / "run"), 90)
+    assert status != 0
+    assert output.count("checksum differs") == 1 and output.count("error (rank 1)") == 1, output
+    assert "rank 0" not in output.partition("Traceback")[0], output
+    assert checkpoints(tmp_path / "run") == checkpoints(tmp_path / "whole") == ["nimg-000000020"]
+    for file in ("weights", "ema", "optimizer"):
+        one, two = (tmp_path / r / f"checkpoints/nimg-000000020/{file}.safetensors" for r in ("run", "whole"))
+        assert one.read_bytes() == two.read_bytes()
+    (shards / f"{name}.tar").write_bytes(good)
+    done = run("train", "--config", config, "--out", tmp_path / "run")
+    assert done.status == 0, done
+    assert checkpoints(tmp_path / "run")[-1] == "nimg-000000060"
+
+
+def infos_of(shards: Path) -> tuple[ShardInfo, ...]:
+    return Manifest.from_bytes((shards / "manifest.json").read_bytes(), "manifest").of("train")
+
+
+def plan_of(shards: Path) -> Plan:
+    """That of a run with the small configuration."""
+    return Plan([i.count for i in infos_of(shards)], lanes=SMALL["data"]["lanes"], window=SMALL["data"]["window"])
 
 
 @pytest.mark.slow
