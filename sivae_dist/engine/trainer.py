@@ -254,8 +254,8 @@ class Trainer:
         return results
 
     def _draw(self) -> None:
-        """Picture grids into TensorBoard and the run's samples folder."""
-        if not self.group.is_main:
+        """Picture grids into TensorBoard and the run's samples folder. Points make no pictures."""
+        if not self.group.is_main or len(self.sample_shape) != 3:
             return
         pictures = self.evaluator.pictures(self.model, self.ema.model, self.config.tracking.images)
         save_png(self.folder.samples / f"nimg-{self.nimg:09d}.png", pictures.pop("grid"))
