@@ -32,6 +32,7 @@ from sivae_dist.engine.tracking import TrackingConfig
 from sivae_dist.errors import UserError, nearest
 from sivae_dist.models import ModelConfig
 from sivae_dist.objectives import ObjectiveConfig
+from sivae_dist.ops.kernels import KernelConfig
 from sivae_dist.registry import component
 
 MAX_BYTES = 1 << 20  # of a config file
@@ -56,6 +57,7 @@ class RunConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    kernels: KernelConfig = field(default_factory=KernelConfig)
     progressive: GrowthConfig = field(default_factory=GrowthConfig)
     ema: EmaConfig = field(default_factory=EmaConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)

@@ -42,6 +42,7 @@ from sivae_dist.evaluation.grids import save_png
 from sivae_dist.models import Autoencoder
 from sivae_dist.models.blocks import recompute_blocks
 from sivae_dist.objectives import Objective
+from sivae_dist.ops import kernels
 
 
 def train(config: RunConfig, out: str | Path, resume_from: str = "auto", *, dry_run: bool = False) -> Path:
@@ -82,6 +83,7 @@ class Trainer:
         if writes and self.group.is_main:
             self.folder.create()
             self.lock = RunLock(self.folder.root)
+        self.kernels = kernels.configure(config.kernels, self.device)
         saved = resume.find(self.folder, resume_from, config)
 
         # Every rank builds the same weights from the seed; the strategy sends rank 0's to all anyway.
@@ -233,6 +235,7 @@ class Trainer:
             write_atomic(self.folder.config, to_yaml(self.config))
             facts: dict[str, object] = {"launch": self.launch.describe(), "started_at_nimg": self.nimg}
             facts |= {"data": self.stream.fingerprint, "evaluated_on": self.stream.held_out_split}
+            facts["kernels"] = self.kernels
             write_json(self.folder.manifest, {**environment(), **facts})
 
     def _report(self, rates: dict[str, float], size: int) -> None:

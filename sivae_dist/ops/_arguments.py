@@ -54,8 +54,12 @@ def wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def layout(x: Tensor) -> torch.memory_format:
+    """channels_last where x is laid out so and not contiguous as well, else contiguous: the layout of results."""
+    last = x.ndim == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if last else torch.contiguous_format
+
+
 def finish(y: Tensor, like: Tensor) -> Tensor:
-    """y in the dtype of `like`, and channels_last if `like` is laid out so (and not contiguous as well)."""
-    y = y.to(like.dtype)
-    last = like.ndim == 4 and not like.is_contiguous() and like.is_contiguous(memory_format=torch.channels_last)
-    return y.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+    """y in the dtype and the layout of `like`."""
+    return y.to(like.dtype).contiguous(memory_format=layout(like))

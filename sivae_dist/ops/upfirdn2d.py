@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from sivae_dist.ops import kernels
 from sivae_dist.ops._arguments import Pair, check_filter, check_map, filter_size, finish, four, pair, wide
+from sivae_dist.ops._fused_upfirdn2d import fused_upfirdn2d
 
 
 def upfirdn2d(
@@ -36,20 +38,22 @@ def upfirdn2d(
     up, down: factor, or (x, y). padding: one number, (x, y), or (x_before, x_after, y_before, y_after); of u.
     Returns (B, C, H', W') in x's dtype and layout, H' = 1 + (H * up + pad_before + pad_after - height) // down.
     Sums are float32 (float64 for float64); taps times gain keep f's own dtype (float32 in a model).
-    Differentiable in x (twice, too), not in f.
+    Differentiable in x (twice only by the reference, see `kernels`), not in f. Autocast changes nothing.
     Raises ValueError for arguments of another kind, or where nothing would be left of the map.
     """
     check_map(x)
     check_filter(f)
     up_x, up_y = pair(up, "up")
-    pair(down, "down")
-    left, right, top, bottom = four(padding)
+    down_x, down_y = pair(down, "down")
+    left, right, top, bottom = sides = four(padding)
     width, height = filter_size(f)
     if x.shape[2] * up_y + top + bottom < height or x.shape[3] * up_x + left + right < width:
         raise ValueError(
             f"a filter of {height} x {width} taps does not fit into a map of {tuple(x.shape[2:])} with up {up} and "
             f"padding {padding}"
         )
+    if kernels.selected(x):
+        return fused_upfirdn2d(x, f, (up_x, up_y), (down_x, down_y), sides, flip_filter, gain)
     return upfirdn2d_reference(x, f, up, down, padding, flip_filter, gain)
 
 

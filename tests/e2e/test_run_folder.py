@@ -47,6 +47,7 @@ def test_files_of_the_contract(run: Path, shards: Path) -> None:
     assert {"config.yaml", "manifest.json", "metrics.jsonl", "summary.json"} <= {p.name for p in run.iterdir()}
     manifest = json.loads((run / "manifest.json").read_text())
     assert manifest["launch"]["ranks"] == 2
+    assert manifest["kernels"] == {"mode": "auto", "running": "reference"}
     assert manifest["packages"]["torch"] == torch.__version__
     assert yaml.safe_load((run / "config.yaml").read_text())["data"]["url"] == str(shards)
     for rank in (0, 1):

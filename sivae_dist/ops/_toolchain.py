@@ -1,0 +1,217 @@
+"""What a build of the kernels is made from: compilers, flags, sources. Two builds with the same key are the same."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from sivae_dist.errors import UserError
+from sivae_dist.resources import kernels_dir
+
+Device = Literal["cpu", "cuda", "emulated"]
+SOURCES: dict[Device, str] = {"cpu": "*/*_cpu.cpp", "cuda": "*/*.cu", "emulated": "*/*.cu"}
+ARCHITECTURES = "80;90+PTX"  # when no device says otherwise
+_OLDEST, _NEWEST = (2, 11), (2, 13)  # versions of torch's stable interface that the sources are written for
+
+
+class UnavailableError(Exception):
+    """The kernels cannot be had: why, in one line, and what to do about it."""
+
+    def __init__(self, why: str, fix: str) -> None:
+        super().__init__(why)
+        self.why, self.fix = why, fix
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All inputs of one build."""
+
+    device: Device
+    compiler: tuple[str, ...]
+    """The command that compiles: a C++ compiler, or nvcc."""
+    version: str
+    """What the compiler calls itself."""
+    flags: tuple[str, ...]
+    link: tuple[str, ...]
+    root: Path
+    """The folder of the sources."""
+    ninja: str
+
+    @property
+    def sources(self) -> list[Path]:
+        """The files to compile, one object each."""
+        return sorted(self.root.glob(SOURCES[self.device]))
+
+    @functools.cached_property
+    def facts(self) -> dict[str, str]:
+        """What the key is made of, for the build's record and the run's manifest."""
+        return {
+            "device": self.device,
+            "sources": digest(self.root),
+            "torch": torch.__version__,
+            "cuda": str(torch.version.cuda),
+            "compiler": f"{' '.join(self.compiler)}: {self.version}",
+            "flags": " ".join(self.flags),
+            "link": " ".join(self.link),
+            "processor": _processor() if "-march=native" in self.flags else platform.machine(),
+        }
+
+    @property
+    def key(self) -> str:
+        """A hash of everything that shapes the result."""
+        return hashlib.sha256(json.dumps(self.facts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def digest(root: Path) -> str:
+    """A hash of all sources and headers below a folder: names and contents."""
+    total = hashlib.sha256()
+    for path in sorted(root.rglob("*")):
+        if path.suffix in {".h", ".cuh", ".cpp", ".cu"}:
+            total.update(f"{path.relative_to(root).as_posix()}\0{path.stat().st_size}\0".encode())
+            total.update(path.read_bytes())
+    return total.hexdigest()[:16]
+
+
+def recipe(device: Device, *, portable: bool = False) -> Recipe:
+    """How to build for `device` here. portable: for other processors than this one, too.
+
+    Raises UnavailableError when a part is missing: sources, compiler, ninja, toolkit.
+    """
+    try:
+        root = kernels_dir()
+    except UserError as error:
+        raise UnavailableError(error.what, error.fix) from error
+    include = Path(torch.__file__).parent / "include"
+    common = [f"-I{root}", f"-isystem{include}", f"-DTORCH_TARGET_VERSION={_target()}", "-std=c++20", "-O3"]
+    library = str(Path(torch.__file__).parent / "lib")
+    link = ["-shared", f"-L{library}", "-ltorch_cpu", "-lc10"]
+    cxx = tuple(cxx_command())
+    if device == "cuda":
+        nvcc, toolkit = nvcc_command()
+        host = ["-ccbin", cxx[0], "-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall,-Wextra,-Werror"]
+        strict = ["-Werror", "all-warnings", "-Xptxas", "-v", "--expt-relaxed-constexpr", "-lineinfo"]
+        flags = [*common, *host, *strict, *_gencode()]
+        link += ["-cudart", "shared", "-Xlinker", f"-rpath,{toolkit / 'lib64'}"]
+        if torch.version.cuda is not None:
+            link += ["-ltorch_cuda"]
+        return Recipe(device, (nvcc,), _version((nvcc,)), tuple(flags), tuple(link), root, ninja_command())
+    # Errno and traps of the C library's functions are nobody's business here; NaN and infinity are.
+    fast = [
+        "-fPIC",
+        "-fvisibility=hidden",
+        "-fno-math-errno",
+        "-fno-trapping-math",
+        "-Wall",
+        "-Wextra",
+        "-Werror",
+    ]
+    tuned = [] if portable else ["-march=native"]
+    if device == "emulated":
+        fast += ["-DSIVAE_EMULATED", "-x", "c++", "-Wno-unknown-pragmas"]
+    return Recipe(device, cxx, _version(cxx), (*common, *fast, *tuned), tuple(link), root, ninja_command())
+
+
+def cxx_command() -> list[str]:
+    """The C++ compiler as words: $CXX, else c++, g++ or clang++. Raises UnavailableError when none runs."""
+    given = os.environ.get("CXX")
+    words = shlex.split(given) if given else [next((c for c in ("c++", "g++", "clang++") if shutil.which(c)), "c++")]
+    if not words or shutil.which(words[0]) is None:
+        raise UnavailableError(
+            f"there is no C++ compiler ({given or 'c++, g++, clang++'} is not found)",
+            "install one (Debian, Ubuntu: apt install g++), or set CXX to a working one",
+        )
+    return words
+
+
+def nvcc_command() -> tuple[str, Path]:
+    """(nvcc, the toolkit's folder). Raises UnavailableError when there is none, or one of another CUDA than torch's."""
+    for name in ("CUDA_HOME", "CUDA_PATH"):
+        if os.environ.get(name):
+            candidates = [str(Path(os.environ[name]) / "bin/nvcc")]
+            break
+    else:
+        candidates = ["nvcc", "/usr/local/cuda/bin/nvcc"]
+    nvcc = next((path for c in candidates if (path := shutil.which(c))), None)
+    wanted = torch.version.cuda
+    remedy = f"install the CUDA {wanted or 'toolkit'} (nvcc) and put its bin folder on PATH, or set CUDA_HOME"
+    if nvcc is None:
+        raise UnavailableError(f"nvcc is not found (tried {', '.join(candidates)})", remedy)
+    toolkit = Path(nvcc).resolve().parents[1]
+    if not (toolkit / "include/cuda_runtime.h").is_file():  # a wrapper script, for instance
+        named = [Path(os.environ.get(n, "")) for n in ("CUDA_HOME", "CUDA_PATH")] + [Path("/usr/local/cuda")]
+        toolkit = next((p for p in named if (p / "include/cuda_runtime.h").is_file()), toolkit)
+    release = next((w for w in _version((nvcc,)).replace(",", " ").split() if w.startswith("V")), "V0")
+    if wanted is not None and release[1:].split(".", maxsplit=1)[0] != wanted.split(".", maxsplit=1)[0]:
+        raise UnavailableError(f"{nvcc} is of CUDA {release[1:]}, this torch of CUDA {wanted}", remedy)
+    return nvcc, toolkit
+
+
+def ninja_command() -> str:
+    """The ninja beside this Python or on the PATH. Raises UnavailableError when there is none."""
+    beside = Path(sys.executable).parent / "ninja"
+    found = str(beside) if os.access(beside, os.X_OK) else shutil.which("ninja")
+    if found is None:
+        raise UnavailableError("ninja is not found", "pip install ninja")
+    return found
+
+
+def _version(command: tuple[str, ...]) -> str:
+    """The line that names the version. Raises UnavailableError when the compiler does not start."""
+    try:
+        done = subprocess.run([*command, "--version"], capture_output=True, text=True, timeout=60, check=True)
+    except (OSError, subprocess.SubprocessError) as error:
+        raise UnavailableError(
+            f"{command[0]} does not start: {error}", "install a working compiler, or set CXX"
+        ) from error
+    lines = done.stdout.strip().splitlines() or ["?"]
+    return next((line for line in lines if "release" in line), lines[0]).strip()
+
+
+def _target() -> str:
+    """The version of torch's stable interface to compile for, as its headers want it."""
+    major, minor = (int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
+    if (major, minor) < _OLDEST:
+        raise UnavailableError(f"torch {torch.__version__} is too old", "pip install 'torch>=2.11'")
+    major, minor = min((major, minor), _NEWEST)
+    return f"0x{major:02x}{minor:02x}000000000000"
+
+
+def _gencode() -> list[str]:
+    """nvcc's words for the architectures: SIVAE_CUDA_ARCHS ("80;90+PTX"), else those of the devices here."""
+    listed = os.environ.get("SIVAE_CUDA_ARCHS", "")
+    if not listed and torch.cuda.is_available():
+        capabilities = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
+        listed = ";".join(f"{major}{minor}" for major, minor in sorted(capabilities))
+    words = []
+    for item in (listed or ARCHITECTURES).replace(".", "").replace(",", ";").split(";"):
+        number = item.strip().upper().removesuffix("+PTX")
+        if not number.rstrip("AF").isdecimal():
+            raise UnavailableError(f"SIVAE_CUDA_ARCHS is {listed!r}", "write it like 80;90+PTX")
+        number = number.lower()
+        words += ["-gencode", f"arch=compute_{number},code=sm_{number}"]
+        if item.strip().upper().endswith("+PTX"):
+            words += ["-gencode", f"arch=compute_{number},code=compute_{number}"]
+    return words
+
+
+@functools.cache
+def _processor() -> str:
+    """What -march=native depends on: a cache on a shared disk serves machines of several kinds."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    kept = {line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))}
+    return hashlib.sha256("\n".join(sorted(kept)).encode()).hexdigest()[:16]
