@@ -21,6 +21,7 @@ from sivae_dist.distributed.sync_batch_norm import synchronise_batch_norm
 from sivae_dist.engine.iteration import Iteration
 from sivae_dist.engine.optim import OptimConfig, PlayerOptim
 from sivae_dist.models.blocks import recompute_blocks
+from sivae_dist.models.modulated import ModulatedConfig
 from sivae_dist.models.residual import ResidualConfig
 from sivae_dist.models.style import StyleConfig
 from sivae_dist.objectives.introvae import IntroVaeConfig
@@ -39,6 +40,7 @@ CASES = {
     "soft-recomputed-one-image": (SoftIntroVaeConfig(beta_neg=4.0), "batch", 1, 1),
     "style-recomputed": (SoftIntroVaeConfig(beta_neg=4.0, decoder_z="reencode", draws="fresh"), "style", 1, 7),
     "style": (SoftIntroVaeConfig(beta_neg=4.0, decoder_z="reencode", draws="fresh"), "style", 1, 7),
+    "modulated": (SoftIntroVaeConfig(beta_neg=4.0), "modulated", 1, 7),
 }
 STYLE_LEVEL = 1  # of three: the parameters of the finest level are used by no rank
 
@@ -59,9 +61,9 @@ def share(batch: Batch, group: Group) -> Batch:
 def run(case: str, group: Group, iterations: int = 3) -> Iterator[tuple[str, np.ndarray]]:
     objective, norm, accumulation, size = CASES[case]
     torch.manual_seed(0)
-    if norm == "style":  # which has instance norms only
-        model = StyleConfig.tiny().build().double()
-        model.set_level(STYLE_LEVEL)
+    if norm in ("style", "modulated"):  # which have instance norms only, or group norms
+        model = (StyleConfig.tiny() if norm == "style" else ModulatedConfig.tiny()).build().double()
+        model.set_level(STYLE_LEVEL if norm == "style" else 0)
         with torch.no_grad():  # noise would not matter yet
             for parameter in model.parameters():
                 parameter.add_(0.1)

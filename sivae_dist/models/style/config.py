@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from sivae_dist.errors import UserError
 from sivae_dist.models.base import Autoencoder, ModelConfig
 from sivae_dist.models.posterior import Prior
-from sivae_dist.models.style.decoder import AverageUpdates, Noise, StyleDecoder
+from sivae_dist.models.style.decoder import Noise, StyleDecoder
 from sivae_dist.models.style.encoder import StyleEncoder
 from sivae_dist.models.style.layers import FUSED_FROM
+from sivae_dist.models.style.styled import AverageUpdates
 
 
 class StyleAutoencoder(Autoencoder):

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from sivae_dist import counters
 from sivae_dist.models.base import DecoderDraws
 from sivae_dist.models.blocks import Block
 from sivae_dist.models.style.layers import (
@@ -20,17 +19,15 @@ from sivae_dist.models.style.layers import (
     Mapping,
     blur,
     leaky,
-    lr_multipliers,
     standardised,
-    unit_second_moment,
     wide,
 )
+from sivae_dist.models.style.styled import StyledDecoder, noise_map
 
 if TYPE_CHECKING:
     from sivae_dist.models.style.config import StyleConfig
 
 Noise = Literal["random", "batch_constant", "fixed", "off", "published_bump"]
-AverageUpdates = Literal["training", "published"]
 
 EPS = 1e-8  # of the decoder's instance norms
 TO_RGB_GAIN = 0.03
@@ -96,87 +93,39 @@ class NoiseSource:
         """Noise for x (B, C, H, W): (B or 1, 1, H, W); None stands for the bump."""
         if self.kind == "published_bump":
             return None
-        if self.kind == "off":
-            return torch.zeros(1, 1, 1, 1, dtype=wide(x[:0]).dtype, device=x.device)
-        name, shape = f"block{block}_{layer}", (1, *x.shape[2:])
-        if self.kind == "fixed" or self.draws is None:
-            only = torch.zeros(1, dtype=torch.int64, device=x.device)
-            return counters.normal(counters.key(0, "fixed noise", name), only, shape, wide(x[:0]).dtype)
-        if self.kind == "batch_constant" or (block, layer) == (0, 1):
-            return self.draws.shared_normal(name, shape)
-        return self.draws.normal(name, shape)
+        name, size, first = f"block{block}_{layer}", (x.shape[2], x.shape[3]), (block, layer) == (0, 1)
+        noise = noise_map(self.kind, size, name, self.draws, like=x, shared=first)
+        return torch.zeros(1, 1, 1, 1, dtype=wide(x[:0]).dtype, device=x.device) if noise is None else noise
 
 
-class StyleDecoder(nn.Module):
-    """z (B, latent_size) -> x_hat (B, C, S, S) with S = 4 * 2^level, unbounded.
-
-    dlatent_avg (2 layer_count, latent_size): running average of the mapped z, towards which truncation pulls.
-    """
-
-    dlatent_avg: Tensor
+class StyleDecoder(StyledDecoder):
+    """S = 4 * 2^level; two layers a level."""
 
     def __init__(self, config: StyleConfig) -> None:
-        super().__init__()
         layers, latent = config.layer_count, config.latent_size
-        widths = [min(config.maxf, config.startf * 2 ** (layers - 1 - i)) for i in range(layers)]
+        super().__init__(
+            Mapping([latent] * (config.mapping_layers + 1)),
+            layers=2 * layers,
+            latent_size=latent,
+            mixing_prob=config.style_mixing_prob,
+            average_beta=config.dlatent_avg_beta,
+            average_updates=config.dlatent_avg_updates,
+            truncation_cutoff=config.truncation_cutoff,
+        )
         self.noise: Noise = config.noise
-        self.mixing_prob = config.style_mixing_prob
-        self.average_beta, self.average_updates = config.dlatent_avg_beta, config.dlatent_avg_updates
-        self.truncation_cutoff = config.truncation_cutoff
-        self.mapping = Mapping([latent] * (config.mapping_layers + 1))
+        widths = [min(config.maxf, config.startf * 2 ** (layers - 1 - i)) for i in range(layers)]
         self.const = nn.Parameter(torch.ones(1, min(config.maxf, config.startf * 2 ** (layers - 1)), 4, 4))
         inputs = [widths[0], *widths[:-1]]
         self.blocks = nn.ModuleList(
             DecoderBlock(i, inputs[i], widths[i], latent, fused=config.is_fused(i)) for i in range(layers)
         )
         self.to_rgb = nn.ModuleList(Conv1x1(width, config.channels_in, gain=TO_RGB_GAIN) for width in widths)
-        self.register_buffer("dlatent_avg", torch.zeros(2 * layers, latent))
         self.level, self.blend = layers - 1, 1.0
 
-    def lr_multipliers(self) -> dict[str, float]:
-        """Parameter name -> learning-rate multiplier; parameters that are not named count 1."""
-        return lr_multipliers(self)
-
-    def forward(
-        self,
-        z: Tensor,
-        condition: Tensor | None = None,
-        draws: DecoderDraws | None = None,
-        *,
-        truncation_psi: float | None = None,
-    ) -> Tensor:
-        """Decodes. There is no conditional variant.
-
-        draws: noise maps and style mixing; without them the result is a function of z alone.
-        truncation_psi: weight of z's own style against the average one in the coarse layers; None truncates nothing.
-        """
-        styles = self.styles(z, draws)
-        if truncation_psi is not None:
-            styles = self.truncate(styles, truncation_psi)
-        return self.synthesise(styles, draws)
-
-    def map(self, z: Tensor) -> Tensor:
-        """z (B, latent_size), brought to unit second moment, through the mapping network: w (B, latent_size)."""
-        w: Tensor = self.mapping(unit_second_moment(z))
-        return w
-
-    def styles(self, z: Tensor, draws: DecoderDraws | None = None) -> Tensor:
-        """One style a layer, (B, 2 layer_count, latent_size), mixed where that is due. Moves the running average."""
-        w = self.map(z)
-        self._move_average(w, draws)
-        styles = w[:, None].expand(-1, len(self.dlatent_avg), -1)
-        # Only in training, and only samples from the prior: the code of an image must give that image.
-        if draws is None or not self.training or not draws.from_prior or draws.uniform("mixing") >= self.mixing_prob:
-            return styles
-        in_use = 2 * (self.level + 1)
-        cutoff = 1 + int(draws.uniform("mixing_cutoff") * in_use)  # 1 ... in_use; the last leaves all layers alone
-        other = self.map(draws.normal("z2", z.shape[1:]).to(z.dtype))
-        return torch.where(self._layer() < cutoff, styles, other[:, None])
-
-    def truncate(self, styles: Tensor, psi: float) -> Tensor:
-        """average + psi (style - average) in the first `truncation_cutoff` layers (psi 1 changes nothing)."""
-        average = self.dlatent_avg.to(styles.dtype)
-        return torch.where(self._layer() < self.truncation_cutoff, torch.lerp(average, styles, psi), styles)
+    @property
+    def layers_in_use(self) -> int:
+        """See StyledDecoder."""
+        return 2 * (self.level + 1)
 
     def synthesise(self, styles: Tensor, draws: DecoderDraws | None = None) -> Tensor:
         """styles (B, 2 layer_count, latent_size) -> x_hat (B, C, S, S)."""
@@ -190,16 +139,3 @@ class StyleDecoder(nn.Module):
             return x_hat
         coarse = self.to_rgb[self.level - 1](before)
         return torch.lerp(functional.interpolate(coarse, scale_factor=2, mode="nearest"), x_hat, self.blend)
-
-    def _layer(self) -> Tensor:
-        return torch.arange(len(self.dlatent_avg), device=self.dlatent_avg.device)[None, :, None]
-
-    @torch.no_grad()
-    def _move_average(self, w: Tensor, draws: DecoderDraws | None) -> None:
-        """average <- beta average + (1 - beta) batch mean of w, over all ranks. Non-finite ones are passed by."""
-        if not self.training and self.average_updates == "training":
-            return
-        w = wide(w)
-        mean = w.mean(dim=0) if draws is None else draws.batch_mean(w)
-        moved = torch.lerp(mean.to(self.dlatent_avg.dtype), self.dlatent_avg, self.average_beta)
-        self.dlatent_avg.copy_(torch.where(mean.isfinite().all(), moved, self.dlatent_avg))

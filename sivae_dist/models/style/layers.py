@@ -68,11 +68,14 @@ class Linear(Equalised):
 
 
 class Mapping(nn.Sequential):
-    """Linear layers with a LeakyReLU after every one, the last included; widths has one entry more than layers."""
+    """Linear layers with a LeakyReLU after every one, the last included; widths has one entry more than layers.
 
-    def __init__(self, widths: list[int]) -> None:
+    multiplier: of the learning rates, beside the equalising ones.
+    """
+
+    def __init__(self, widths: list[int], *, multiplier: float = MAPPING_MULTIPLIER) -> None:
         pairs = itertools.pairwise(widths)
-        super().__init__(*(Linear(a, b, multiplier=MAPPING_MULTIPLIER) for a, b in pairs))
+        super().__init__(*(Linear(a, b, multiplier=multiplier) for a, b in pairs))
 
     def forward(self, input: Tensor) -> Tensor:
         """(B, widths[0]) -> (B, widths[-1])."""
