@@ -26,8 +26,9 @@ from sivae_dist.engine.progressive import GrowthConfig, blended
 from sivae_dist.errors import UserError
 from sivae_dist.interop import published_keys
 from sivae_dist.models.style import StyleAutoencoder, StyleConfig
-from sivae_dist.models.style.layers import ConvDown, ConvUp, blur, standardised
+from sivae_dist.models.style.layers import ConvDown, ConvUp, blur
 from sivae_dist.objectives.soft_introvae import SoftIntroVaeConfig
+from sivae_dist.ops.adain_act import standardised
 
 TINY = StyleConfig.tiny()
 STATE: dict[str, Any] = {"plan_salt": 0, "sums": {}, "data": ""}  # what a checkpoint must say besides tensors

@@ -18,11 +18,10 @@ from sivae_dist.models.style.layers import (
     Linear,
     Mapping,
     blur,
-    leaky,
-    standardised,
     wide,
 )
 from sivae_dist.models.style.styled import StyledDecoder, noise_map
+from sivae_dist.ops import adain_act
 
 if TYPE_CHECKING:
     from sivae_dist.models.style.config import StyleConfig
@@ -63,12 +62,11 @@ class DecoderBlock(Block):
 
     def _finish(self, x: Tensor, noise: Tensor | None, weight: Tensor, bias: Tensor, style: Tensor) -> Tensor:
         """noise None: the published stand-in for it (see NoiseSource). style: (B, 2 C), scale - 1 and shift."""
+        if noise is not None:
+            return adain_act(x, noise, weight.flatten(), bias.flatten(), style, eps=EPS)[0]
         with torch.autocast(x.device.type, enabled=False):
-            h = wide(x)
-            h = bump(h, self.index) if noise is None else h + weight * noise
-            h, _, _ = standardised(leaky(h + bias), EPS)
-            scale, shift = wide(style)[:, :, None, None].chunk(2, dim=1)
-            return (h * (1 + scale) + shift).to(style.dtype)
+            bumped = bump(wide(x), self.index)
+        return adain_act(bumped, None, None, bias.flatten(), style, eps=EPS)[0].to(style.dtype)
 
 
 def bump(x: Tensor, block: int) -> Tensor:

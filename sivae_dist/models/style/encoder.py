@@ -19,9 +19,9 @@ from sivae_dist.models.style.layers import (
     blur,
     leaky,
     lr_multipliers,
-    standardised,
     wide,
 )
+from sivae_dist.ops import adain_act
 
 if TYPE_CHECKING:
     from sivae_dist.models.style.config import StyleConfig
@@ -60,9 +60,8 @@ class EncoderBlock(Block):
     @staticmethod
     def _norm(x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
         """LeakyReLU(x + bias), normalised; and its (mean, std) over space, (B, 2 C)."""
-        with torch.autocast(x.device.type, enabled=False):
-            x_hat, mean, std = standardised(leaky(wide(x) + bias), EPS)
-        return x_hat.to(x.dtype), torch.cat([mean, std], dim=1)
+        x_hat, mean, std = adain_act(x, bias=bias.flatten(), eps=EPS)
+        return x_hat, torch.cat([mean, std], dim=1)
 
 
 class StyleEncoder(nn.Module):

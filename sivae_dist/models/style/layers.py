@@ -150,20 +150,6 @@ def blur(x: Tensor) -> Tensor:
     return functional.conv2d(x, torch.outer(taps, taps).expand(channels, 1, 3, 3), padding=1, groups=channels)
 
 
-def standardised(x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Instance norm of x (B, C, H, W), and the mean and standard deviation (B, C) that it takes out.
-
-    Statistics are float32 at least; autocast must be off. The deviation has no eps, as published; where it is zero (a
-    channel that is constant in space) its gradient is taken as zero instead of nan.
-    """
-    mean = x.mean(dim=(2, 3), keepdim=True)
-    centred = x - mean
-    var = centred.square().mean(dim=(2, 3), keepdim=True)
-    varies = var > 0
-    std = torch.where(varies, torch.where(varies, var, 1.0).sqrt(), 0.0)
-    return centred * torch.rsqrt(var + eps), mean.flatten(1), std.flatten(1)
-
-
 def unit_second_moment(x: Tensor) -> Tensor:
     """x (B, F) / sqrt(mean of squares over F + 1e-8), (B, F)."""
     return x * torch.rsqrt(x.square().mean(dim=1, keepdim=True) + 1e-8)
