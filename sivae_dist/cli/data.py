@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
@@ -11,7 +10,6 @@ from sivae_dist.cli.errors import interrupts_raise
 from sivae_dist.data.pack import pack as pack_source
 from sivae_dist.data.pack_shard import PackOptions
 from sivae_dist.data.shard_read import load_manifest
-from sivae_dist.data.sources.base import Source
 from sivae_dist.data.sources.folder import FolderSource
 from sivae_dist.data.store import open_store
 from sivae_dist.data.verify import verify as verify_folder
@@ -21,7 +19,7 @@ _SHOWN = 20
 
 
 def pack(
-    src: str,
+    src: Path,
     dst: Path,
     /,
     *,
@@ -42,7 +40,7 @@ def pack(
     """Pack pictures into shards: upright, centre square, Lanczos to the resolution. Interrupted, run it again.
 
     Args:
-        src: A folder of pictures (sub-folders included), or `scenes:COUNT` for drawn scenes.
+        src: A folder of pictures, sub-folders included.
         dst: The folder to make.
         resolution: Side of the stored pictures in pixels.
         format: How pictures are stored; png is lossless.
@@ -70,7 +68,7 @@ def pack(
         seed=seed,
         shuffle=shuffle,
     )
-    source, options = _source(src, options, labels=labels, name=name, license=license)
+    source = FolderSource(src, name=name, license=license or "unknown", labels=labels)
     report = pack_source(source, dst, options, workers=workers)
     manifest = report.manifest
     count = sum(s.count for s in manifest.shards)
@@ -83,19 +81,6 @@ def pack(
     if report.skipped:
         print(f"{len(report.skipped)} pictures could not be read and were skipped; see {dst}/skipped.json:")
         _print_some([f"{key}: {reason}" for key, reason in report.skipped], 5)
-
-
-def _source(src: str, options: PackOptions, *, labels: bool, name: str, license: str) -> tuple[Source, PackOptions]:
-    """The source that `src` names, and the options without what the source has taken on itself."""
-    kind, _, count = src.partition(":")
-    if kind != "scenes" or not count:
-        return FolderSource(Path(src), name=name, license=license or "unknown", labels=labels), options
-    if not count.isdecimal() or not int(count):
-        raise UserError(f"the source {src!r} has no number of scenes", "write scenes:COUNT, for example scenes:10000")
-    from sivae_dist.data.sources.scenes import ScenesSource  # noqa: PLC0415 - drawing code, seldom needed
-
-    source = ScenesSource(int(count), seed=options.seed, val_count=options.val_count)
-    return dataclasses.replace(source, name=name or source.name), dataclasses.replace(options, val_count=0)
 
 
 def info(path: str, /) -> None:

@@ -45,6 +45,8 @@ def scenes(
     report = pack(source, dst, options, workers=workers)
     splits = ", ".join(f"{name} {split['samples']}" for name, split in report.manifest.splits().items())
     print(f"{dst}: {count} scenes of {resolution}x{resolution} ({splits}), {report.seconds:.1f} s")
+    if report.reused:
+        print(f"{report.reused} shards were finished before")
 
 
 COMMANDS: dict[str, Callable[..., None]] = {"data scenes": scenes}

@@ -6,12 +6,12 @@ import pytest
 import tyro
 from drawn import craft, draw_folder, picture, png
 
-from sivae_dist.cli.data import COMMANDS
+from sivae_dist.cli import commands
 from sivae_dist.errors import UserError
 
 
 def run(command: str, *arguments) -> None:
-    tyro.cli(COMMANDS[command], args=[str(a) for a in arguments])
+    tyro.cli(commands()[command], args=[str(a) for a in arguments])
 
 
 def test_pack_info_verify(tmp_path, capsys):
@@ -53,12 +53,14 @@ def test_verify_of_a_damaged_folder_is_an_error(tmp_path, capsys):
     assert "'b': cannot be decoded" in out
 
 
-def test_drawn_scenes_are_a_source(tmp_path, capsys):
-    run("data pack", "scenes:6", tmp_path / "out", "--resolution", 16, "--val-count", 2)
-    out = capsys.readouterr().out
-    assert "6 samples (train 4, val 2)" in out
-    with pytest.raises(UserError, match="has no number of scenes"):
-        run("data pack", "scenes:many", tmp_path / "other", "--resolution", 16)
+def test_drawn_scenes(tmp_path, capsys):
+    few = ("--resolution", 16, "--count", 6, "--val-count", 2)
+    run("data scenes", tmp_path / "out", *few)
+    assert "6 scenes of 16x16 (train 4, val 2)" in capsys.readouterr().out
+    run("data scenes", tmp_path / "out", *few)
+    assert "2 shards were finished before" in capsys.readouterr().out
+    with pytest.raises(UserError, match="is no folder"):  # one command for each kind of source
+        run("data pack", "scenes:6", tmp_path / "other", "--resolution", 16)
 
 
 def test_a_missing_folder_is_an_error(tmp_path):

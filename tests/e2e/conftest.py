@@ -18,7 +18,7 @@ from running import SMALL, sivae_dist  # noqa: E402 (the folder must be on the p
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """72 training and 16 held-out scenes of 16 px in several shards."""
     folder = tmp_path_factory.mktemp("scenes") / "shards"
-    command = ["data", "pack", "scenes:88", str(folder), "--resolution", "16", "--val-count", "16", "--format", "png"]
+    command = ["data", "scenes", str(folder), "--count", "88", "--resolution", "16", "--val-count", "16"]
     done = sivae_dist(*command, "--shard-size", "20")
     assert done.returncode == 0, done.stderr
     return folder

@@ -19,8 +19,8 @@ KIMG, SETTLED = 14, 7000  # length; images after which the controller must have 
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("scenes16") / "shards"
-    options = ["--resolution", "16", "--val-count", "256", "--format", "png"]
-    done = sivae_dist("data", "pack", "scenes:2304", str(folder), *options)
+    options = ["--resolution", "16", "--count", "2304", "--val-count", "256"]
+    done = sivae_dist("data", "scenes", str(folder), *options)
     assert done.returncode == 0, done.stderr
     return folder
 

@@ -19,8 +19,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runner]:
 def packed(run: Runner, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """40 training and 8 held-out scenes of 16 px in several shards. Not to be changed: see `shards`."""
     folder = tmp_path_factory.mktemp("packed") / "shards"
-    options = ["--resolution", 16, "--val-count", 8, "--format", "png", "--shard-size", 12, "--workers", 1]
-    done = run("data", "pack", "scenes:48", folder, *options)
+    options = ["--count", 48, "--resolution", 16, "--val-count", 8, "--shard-size", 12, "--workers", 1]
+    done = run("data", "scenes", folder, *options)
     assert done.status == 0, done
     return folder
 

@@ -121,8 +121,9 @@ def test_a_folder_in_whose_place_a_file_lies(run: Runner, config: Path, tmp_path
     (tmp_path / "file").write_text("mine")
     for out in (tmp_path / "file", tmp_path / "file/run"):
         refused(run("train", "--config", config, "--out", out), "cannot write the run folder", "another place")
-    refused(run("data", "pack", "scenes:4", tmp_path / "file", "--resolution", 16), "is a file, expected a folder")
-    refused(run("data", "pack", "scenes:4", tmp_path / "file/x", "--resolution", 16), "cannot be made")
+    few = ("--count", 4, "--val-count", 0, "--resolution", 16)
+    refused(run("data", "scenes", tmp_path / "file", *few), "is a file, expected a folder")
+    refused(run("data", "scenes", tmp_path / "file/x", *few), "cannot be made")
     assert (tmp_path / "file").read_text() == "mine"
 
 

@@ -81,8 +81,8 @@ def test_no_room_at_all(inside: Runner, packed: Path, tmp_path: Path, left_kb: i
 @pytest.mark.parametrize("workers", [1, 2])
 def test_while_a_shard_is_written(inside: Runner, tmp_path: Path, workers: int) -> None:
     disk = Disk(inside, tmp_path / "disk", "2m")
-    options = ("--resolution", 64, "--format", "png", "--shard-size", 8, "--workers", workers)
-    command = ("data", "pack", "scenes:48", disk.path / "out", *options)
+    options = ("--count", 48, "--val-count", 0, "--shard-size", 8, "--workers", workers)
+    command = ("data", "scenes", disk.path / "out", *options)
     disk.fill(but_kb=160)
     refused(inside(*command), "GB free", "are needed", "another disk")
     refused(inside(*command, unwarned=True), "cannot be written: No space left on device", "finished shards are kept")
@@ -105,7 +105,7 @@ def test_a_disk_that_may_not_be_written(inside: Runner, packed: Path, tmp_path: 
     disk.shell(f"cd {disk.path}; mkdir {folders}; mount -o remount,ro {disk.path}")
     for name in ("new", "run"):
         refused(inside("train", "--config", config, "--out", disk.path / name), "Read-only file system", "--out")
-    refused(inside("data", "pack", "scenes:4", disk.path / "out", "--resolution", 16), "Read-only file system")
+    refused(inside("data", "scenes", disk.path / "out", "--resolution", 16), "Read-only file system")
 
 
 def test_tensorboards_thread_leaves_the_telling_to_the_run() -> None:

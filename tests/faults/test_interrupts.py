@@ -84,8 +84,8 @@ def test_again_and_again_in_the_loop(going) -> None:
 
 
 def test_while_packing(run: Runner, tmp_path: Path) -> None:
-    out, options = tmp_path / "out", ["--resolution", "256", "--shard-size", "20", "--workers", "2", "--format", "png"]
-    process = start("-m", "sivae_dist", "data", "pack", "scenes:4000", str(out), *options)
+    out, options = tmp_path / "out", ["--resolution", "256", "--shard-size", "20", "--workers", "2"]
+    process = start("-m", "sivae_dist", "data", "scenes", str(out), "--count", "4000", *options)
     until(lambda: list(out.glob("*.tar")) or process.poll() is not None)
     control_c(process)
     done = ended(process, 30)
@@ -95,5 +95,5 @@ def test_while_packing(run: Runner, tmp_path: Path) -> None:
     finished = len(list((out / ".pack").glob("*.done")))
     assert 0 < finished < 200
     # Only the number of scenes differs: the folder knows what it was.
-    other = run("data", "pack", "scenes:4001", out, *options)
+    other = run("data", "scenes", out, "--count", 4001, *options)
     assert other.status == 2 and "partly packed, with other options" in other.stderr
