@@ -44,3 +44,22 @@ class PositionDraws:
     def batch_mean(self, rows: Tensor) -> Tensor:
         """Mean of rows (B, F) over the samples of all ranks: (F,)."""
         return self.mean(rows)
+
+
+@dataclass(frozen=True)
+class OwnDraws(PositionDraws):
+    """As if every sample were decoded in a batch of its own: nothing depends on which samples are decoded together.
+
+    For looking at a model and judging it, where samples are numbered and batches are an accident. What a batch shares
+    is drawn for each sample, (B, *shape) instead of (1, *shape).
+    """
+
+    def shared_normal(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """Standard normal (B, *shape)."""
+        return counters.normal(counters.key(self.key, "batch", name), self.position, shape, self.dtype)
+
+
+def own_draws(seed: int, purpose: str, position: Tensor, dtype: torch.dtype, *, from_prior: bool) -> OwnDraws:
+    """OwnDraws of the samples numbered `position` (B,), keyed by (seed, purpose)."""
+    key = counters.key(seed, "decoder", purpose)
+    return OwnDraws(key, position, 0, dtype, from_prior, lambda rows: rows.mean(dim=0))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 import torch
@@ -13,14 +14,15 @@ from torch.nn import functional as F
 from sivae_dist import counters
 from sivae_dist.data import Batch, Stream
 from sivae_dist.distributed.group import Group
+from sivae_dist.engine.draws import own_draws
 from sivae_dist.engine.iteration import one_hot
-from sivae_dist.engine.precision import Precision
+from sivae_dist.engine.precision import Drawing, Precision
 from sivae_dist.engine.progressive import resized
 from sivae_dist.errors import UserError
 from sivae_dist.evaluation.grids import grid
 from sivae_dist.evaluation.reconstruction import psnr
 from sivae_dist.evaluation.sliced_wasserstein import sliced_wasserstein
-from sivae_dist.models import Autoencoder
+from sivae_dist.models import Autoencoder, DecoderDraws
 
 SWD_SIZE = 64  # pixels a side at which the sliced Wasserstein distance compares images (larger ones are averaged down)
 
@@ -37,6 +39,9 @@ class EvalConfig:
     """Held-out images used (all, if there are fewer), and as many samples."""
     batch: int = 32
     """Images a rank evaluates at once."""
+    noise: Literal["random", "fixed"] = "random"
+    """Noise maps of a decoder that adds some: random, other ones for every image, as published figures have them, and
+    the same ones in every evaluation; or fixed, the same for all images."""
 
     def __post_init__(self) -> None:
         if self.every_kimg < 0 or self.images < 2 or self.batch < 1:
@@ -49,8 +54,9 @@ class EvalConfig:
 class Evaluator:
     """Holds the held-out images of this rank and computes metrics and grids of any model on them.
 
-    The model is put into evaluation mode and must be (the averaged model always is). Draws are keyed by the number of
-    the image, so two evaluations of equal weights agree, on any number of ranks up to the order of sums.
+    The model is put into evaluation mode and must be (the averaged model always is). Draws, a stochastic decoder's
+    too, are keyed by the number of the image, so two evaluations of equal weights agree, on any number of ranks up to
+    the order of sums.
     """
 
     def __init__(
@@ -68,12 +74,15 @@ class Evaluator:
         scores = torch.zeros(2, dtype=torch.float64, device=self.device)
         reals, fakes = [], []
         for batch in self._batches(model):
-            players = self.precision.players(model, one_hot(batch.label, model.condition_dim, batch.x))
-            x_rec = players.decoder(players.encoder(batch.x).mu)
+            condition = one_hot(batch.label, model.condition_dim, batch.x)
+            players = self.precision.players(model, condition, drawing=self._drawing(batch))
+            x_rec = players.decoder(players.encoder(batch.x).mu, "rec")
             scores[0] += psnr(batch.x, x_rec, _range(model)).double().sum()
             scores[1] += psnr(batch.x, mean_image.expand_as(batch.x), _range(model)).double().sum()
             reals.append(_small(batch.x))
-            fakes.append(_small(players.decoder(self._z_prior(model, batch)).clamp(*_range(model))))
+            fakes.append(
+                _small(players.decoder(self._z_prior(model, batch), "prior", from_prior=True).clamp(*_range(model)))
+            )
         scores = self.group.sum_(scores) / self.count
         real = torch.cat(self.group.gather(_joined(reals, model, self.device)))
         fake = torch.cat(self.group.gather(_joined(fakes, model, self.device)))
@@ -96,7 +105,9 @@ class Evaluator:
         position = batch.position[:columns]
         training = model.training
         model.eval()
-        current, average = self.precision.players(model, condition), self.precision.players(averaged, condition)
+        drawing = self._drawing(Batch(x, position))
+        current = self.precision.players(model, condition, drawing=drawing)
+        average = self.precision.players(averaged, condition, drawing=drawing)
         posterior = average.encoder(x)
         eps = counters.normal(
             counters.key(self.seed, "grid", "posterior"), position, averaged.prior.shape, posterior.mu.dtype
@@ -104,10 +115,10 @@ class Evaluator:
         z_prior = self._z_prior(averaged, Batch(x, position))
         images = {
             "images/real": x,
-            "images/rec_mu": average.decoder(posterior.mu),
-            "images/rec_sample": average.decoder(posterior.mu + eps * (0.5 * posterior.logvar).exp()),
-            "images/prior": current.decoder(z_prior),
-            "images/prior_ema": average.decoder(z_prior),
+            "images/rec_mu": average.decoder(posterior.mu, "rec"),
+            "images/rec_sample": average.decoder(posterior.mu + eps * (0.5 * posterior.logvar).exp(), "rec"),
+            "images/prior": current.decoder(z_prior, "prior", from_prior=True),
+            "images/prior_ema": average.decoder(z_prior, "prior", from_prior=True),
         }
         model.train(training)
         rows = [images["images/real"], images["images/rec_mu"], images["images/prior_ema"]]
@@ -124,6 +135,16 @@ class Evaluator:
         for batch in self._batches(model):
             total += batch.x.double().sum(0)
         return (self.group.sum_(total) / self.count).float()
+
+    def _drawing(self, batch: Batch) -> Drawing | None:
+        """Noise of a stochastic decoder, every image its own; None leaves it to the decoder's fixed maps."""
+        if self.config.noise == "fixed":
+            return None
+
+        def draws(name: str, from_prior: bool) -> DecoderDraws:
+            return own_draws(self.seed, f"eval {name}", batch.position, batch.x.dtype, from_prior=from_prior)
+
+        return draws
 
     def _z_prior(self, model: Autoencoder, batch: Batch) -> Tensor:
         key = counters.key(self.seed, "grid", "prior")

@@ -88,7 +88,7 @@ class Precision:
         def encoder(x: Tensor) -> Posterior:
             with self.autocast():
                 posterior = model.encoder(x, condition)
-            posterior = Posterior(_wide(posterior.mu), _wide(posterior.logvar))
+            posterior = Posterior(wide(posterior.mu), wide(posterior.logvar))
             if watch is not None:
                 watch(posterior)
             return posterior
@@ -97,10 +97,11 @@ class Precision:
             draws = (drawing(name, from_prior) if drawing else None,) if model.stochastic else ()
             with self.autocast():
                 x_hat = model.decoder(z, condition, *draws)
-            return _wide(x_hat)
+            return wide(x_hat)
 
         return Players(encoder, decoder, model.prior)
 
 
-def _wide(tensor: Tensor) -> Tensor:
+def wide(tensor: Tensor) -> Tensor:
+    """In float32, or float64 if it is."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

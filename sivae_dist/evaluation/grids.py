@@ -42,23 +42,23 @@ def grid(
         raise ValueError(f"grid wants (N, C, H, W) tensors, not {[tuple(row.shape) for row in rows]}")
     if len({tuple(row.shape[1:]) for row in rows}) != 1 or rows[0].shape[1] not in (1, 3):
         raise ValueError(f"grid wants 1 or 3 channels and one size in all rows, not {[tuple(r.shape) for r in rows]}")
-    cells = [_cells(row, input_range, min_cell, max_cell) for row in rows]
-    height, width = cells[0].shape[1:3]
-    columns = max(len(line) for line in cells)
+    lines = [cells(row, input_range, min_cell=min_cell, max_cell=max_cell) for row in rows]
+    height, width = lines[0].shape[1:3]
+    columns = max(len(line) for line in lines)
     picture = np.full(
-        (len(cells) * (height + separator) - separator, columns * (width + separator) - separator, 3),
+        (len(lines) * (height + separator) - separator, columns * (width + separator) - separator, 3),
         _SEPARATOR,
         dtype=np.uint8,
     )
-    for i, line in enumerate(cells):
+    for i, line in enumerate(lines):
         for j, cell in enumerate(line):
             top, left = i * (height + separator), j * (width + separator)
             picture[top : top + height, left : left + width] = cell
     return picture
 
 
-def _cells(row: Tensor, input_range: tuple[float, float], min_cell: int, max_cell: int | None) -> Pixels:
-    """(N, C, H, W) in input_range -> uint8 (N, H', W', 3)."""
+def cells(row: Tensor, input_range: tuple[float, float], *, min_cell: int = 96, max_cell: int | None = None) -> Pixels:
+    """(N, C, H, W) in input_range -> uint8 (N, H', W', 3), as `grid` shows them."""
     low, high = input_range
     x = row.detach().cpu().float()
     longest = max(x.shape[2:])

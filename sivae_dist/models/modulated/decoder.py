@@ -82,6 +82,11 @@ class ModulatedDecoder(StyledDecoder):
         with torch.autocast(z.device.type, enabled=False):
             return super().map(z.to(self.const.dtype))
 
+    def style_resolutions(self) -> list[int]:
+        """See StyledDecoder."""
+        last = len(self.blocks) - 1
+        return [4 << min((layer + 1) // 2, last) for layer in range(self.layers_in_use)]
+
     def synthesise(self, styles: Tensor, draws: DecoderDraws | None = None) -> Tensor:
         """styles (B, 2 layer_count, latent_size) -> x_hat (B, C, S, S)."""
         x = self.const.expand(len(styles), -1, -1, -1)

@@ -137,3 +137,7 @@ class StyleDecoder(StyledDecoder):
             return x_hat
         coarse = self.to_rgb[self.level - 1](before)
         return torch.lerp(functional.interpolate(coarse, scale_factor=2, mode="nearest"), x_hat, self.blend)
+
+    def style_resolutions(self) -> list[int]:
+        """See StyledDecoder: two styles a level."""
+        return [4 << (i // 2) for i in range(2 * (self.level + 1))]

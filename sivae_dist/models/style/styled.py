@@ -5,7 +5,9 @@ Applications that mix, interpolate or truncate styles need a `StyledDecoder` and
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -76,6 +78,28 @@ class StyledDecoder(nn.Module):
     def layers_in_use(self) -> int:
         """Layers that the present resolution has."""
         return len(self.dlatent_avg)
+
+    def style_resolutions(self) -> list[int]:
+        """Pixels a side at which each layer in use acts, the coarsest first."""
+        raise NotImplementedError
+
+    def hold_average(self) -> None:
+        """From now on decoding in evaluation mode moves no average, whatever average_updates was."""
+        self.average_updates = "training"
+
+    @contextmanager
+    def silenced(self) -> Iterator[None]:
+        """Inside, no noise maps are added. The published stand-in for noise, which is no map, stays."""
+        kinds = ("random", "batch_constant", "fixed")
+        noisy: list[Any] = [module for module in self.modules() if getattr(module, "noise", None) in kinds]
+        before = [m.noise for m in noisy]
+        try:
+            for module in noisy:
+                module.noise = "off"
+            yield
+        finally:
+            for module, noise in zip(noisy, before, strict=True):
+                module.noise = noise
 
     def lr_multipliers(self) -> dict[str, float]:
         """Parameter name -> learning-rate multiplier; parameters that are not named count 1."""
