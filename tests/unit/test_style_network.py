@@ -182,7 +182,7 @@ def test_average_style_moves_in_training_only_and_truncation_pulls_to_it() -> No
     image = model.decode(z)
     model.decoder(z, truncation_psi=0.3)
     assert torch.equal(model.decoder.dlatent_avg, before)
-    assert torch.equal(model.decoder(z, truncation_psi=1.0), image)
+    torch.testing.assert_close(model.decoder(z, truncation_psi=1.0), image)  # matrix products round by memory layout
     styles = model.decoder.truncate(model.decoder.styles(z), 0.0)
     torch.testing.assert_close(styles[:, :3], before[None, :3].expand(4, -1, -1))
     assert torch.equal(styles[:, 3:], w[:, None].expand(-1, 3, -1))
