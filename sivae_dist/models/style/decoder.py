@@ -63,6 +63,8 @@ class DecoderBlock(Block):
     def _finish(self, x: Tensor, noise: Tensor | None, weight: Tensor, bias: Tensor, style: Tensor) -> Tensor:
         """noise None: the published stand-in for it (see NoiseSource). style: (B, 2 C), scale - 1 and shift."""
         if noise is not None:
+            if len(noise) not in (1, len(x)):  # the constant is still one; with maps of their own its samples part here
+                x = x.expand(len(noise), -1, -1, -1)
             return adain_act(x, noise, weight.flatten(), bias.flatten(), style, eps=EPS)[0]
         with torch.autocast(x.device.type, enabled=False):
             bumped = bump(wide(x), self.index)
