@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from sivae_dist.ops import kernels
 from sivae_dist.ops._arguments import finish, wide
+from sivae_dist.ops._fused_bias_act import fused_bias_act
 
 
 class Activation(NamedTuple):
@@ -53,7 +55,8 @@ def bias_act(
     alpha, gain: None for the activation's own (0.2 for lrelu; sqrt(2) for relu, lrelu and swish; else 1).
     clamp: None clamps nothing; the gradient is zero beyond it.
     Returns x's shape, dtype and layout; computed in float32 (float64 for float64). bias, noise and noise_strength may
-    be of another floating dtype. Differentiable in all four tensors.
+    be of another floating dtype; autocast changes nothing. Differentiable in all four tensors, twice only by the
+    reference (see `kernels`).
     Raises ValueError for arguments of another kind.
     """
     if x.ndim < 2 or not x.is_floating_point():
@@ -72,6 +75,10 @@ def bias_act(
         raise ValueError(f"act is {act!r}, expected one of {', '.join(ACTIVATIONS)}")
     if clamp is not None and not clamp >= 0:
         raise ValueError(f"clamp is {clamp}, expected None or a number that is not negative")
+    if kernels.selected(x):
+        alpha = ACTIVATIONS[act].alpha if alpha is None else alpha
+        gain = ACTIVATIONS[act].gain if gain is None else gain
+        return fused_bias_act(x, bias, noise, noise_strength, act, alpha, gain, clamp)
     return bias_act_reference(x, bias, noise, noise_strength, act, alpha, gain, clamp)
 
 
