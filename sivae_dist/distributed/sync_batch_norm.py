@@ -93,7 +93,7 @@ def synchronise_batch_norm(module: M, group: Group) -> M:
             if isinstance(child, _BatchNorm) and not isinstance(child, SynchronisedBatchNorm):
                 if not child.affine or child.running_mean is None or child.momentum is None:
                     raise TypeError(f"{name}: only affine batch norm with running averages can be synchronised")
-                twin = SynchronisedBatchNorm(child.num_features, child.eps, child.momentum, device="meta")
+                twin = SynchronisedBatchNorm(child.num_features, child.eps, child.momentum, device=child.weight.device)
                 twin.weight, twin.bias = child.weight, child.bias
                 twin.running_mean, twin.running_var = child.running_mean, child.running_var
                 twin.num_batches_tracked = child.num_batches_tracked

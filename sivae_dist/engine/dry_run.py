@@ -5,9 +5,10 @@ Nothing is written. Memory per process is predicted as
     weights + gradients + optimizer + average + activations + communication
 
 with weights and average: parameters and buffers; gradients: all parameters (one player's stay while the other trains);
-optimizer: its state after a step; activations: what autograd holds at most during a phase (each storage once, without
-parameters), measured; communication: one bucket of gradients, with several ranks. Workspaces of convolution libraries
-and the slack of the memory allocator come on top; on CUDA devices the measured peak stands beside the prediction.
+optimizer: its state after a step; activations: the most that a phase's tensors held besides these, measured on a real
+batch (`sivae-dist memory` tells it without any); communication: one bucket of gradients, with several ranks. Workspaces
+of convolution libraries and the slack of the memory allocator come on top; on CUDA devices the measured peak stands
+beside the prediction.
 FLOPs are those torch counts in a phase's forward and backward passes (a multiply-add is two).
 """
 

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from sivae_dist.data import Batch
+from sivae_dist.engine.storages import Storages
 from sivae_dist.objectives import Phase, Terms
 
 if TYPE_CHECKING:
@@ -86,14 +85,15 @@ def measured(trainer: Trainer, stretch: Stretch) -> Stage:
 
 def _costs(trainer: Trainer, batch: Batch, stretch: Stretch) -> list[PhaseCost]:
     """One iteration with everything counted, which also warms up for the timed one."""
-    counter, held = FlopCounterMode(display=False), Held(trainer.model)
+    counter, storages = FlopCounterMode(display=False), Storages()
     costs: list[PhaseCost] = []
 
     def observe(phase: Phase, terms: Terms) -> None:
         flops = counter.get_total_flops() - sum(int(c.flops_per_image) for c in costs)
-        costs.append(PhaseCost(phase.name, phase.trains, 0.0, flops, held.take_peak()))
+        # What is left now stays after the phase: gradients, and the optimizer state of earlier phases.
+        costs.append(PhaseCost(phase.name, phase.trains, 0.0, flops, storages.take_peak() - storages.now))
 
-    with counter, held.watching():
+    with counter, storages:
         out = trainer.iteration(batch, nimg=stretch.first, global_batch=stretch.size, observe=observe)
     for cost in costs:
         cost.flops_per_image /= max(1, len(batch))
@@ -122,45 +122,3 @@ def _seconds(trainer: Trainer, batch: Batch, stretch: Stretch, costs: list[Phase
         cost.seconds = finish - begin
     slowest = torch.tensor(end - marks[0], dtype=torch.float64, device=trainer.group.device())
     return float(trainer.group.max_(slowest))
-
-
-class Held:
-    """Bytes that autograd holds for backward passes: each storage once, without a model's own."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._own = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
-        self._users: dict[int, int] = {}
-        self.now = self.peak = 0
-
-    def take_peak(self) -> int:
-        """The most since the last call."""
-        peak, self.peak = self.peak, self.now
-        return peak
-
-    @contextmanager
-    def watching(self) -> Iterator[None]:
-        """Within, tensors saved for backward passes are counted while they are kept."""
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: _Kept(self, t), lambda kept: kept.tensor):
-            yield
-
-    def add(self, storage: int, size: int, change: int) -> None:
-        """One more or one fewer keeper of a storage."""
-        if storage in self._own:
-            return
-        users = self._users.get(storage, 0)
-        self._users[storage] = users + change
-        if not users or not users + change:
-            self.now += change * size
-            self.peak = max(self.peak, self.now)
-
-
-class _Kept:
-    """What a saved tensor is replaced by; its end is the end of the keeping."""
-
-    def __init__(self, held: Held, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        self.held, self.tensor, self.place = held, tensor, (storage.data_ptr(), storage.nbytes())
-        held.add(*self.place, 1)
-
-    def __del__(self) -> None:
-        self.held.add(*self.place, -1)

@@ -37,11 +37,16 @@ class EmaConfig:
 
 
 class Ema:
-    """Holds the averaged model (`model`), in evaluation mode, never trained."""
+    """Holds the averaged model (`model`), in evaluation mode, never trained.
 
-    def __init__(self, config: EmaConfig, model: Autoencoder) -> None:
+    twin: takes the weights of `model` and is averaged, where `model` cannot be copied (fake tensors cannot).
+    """
+
+    def __init__(self, config: EmaConfig, model: Autoencoder, twin: Autoencoder | None = None) -> None:
         self.config = config
-        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        if twin is not None:
+            twin.load_state_dict(model.state_dict())
+        self.model = (twin or copy.deepcopy(model)).eval().requires_grad_(False)
 
     @torch.no_grad()
     def update(self, model: Autoencoder, nimg: int, batch: int) -> None:

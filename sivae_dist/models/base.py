@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, fields, replace
+from typing import Any, Protocol, Self
 
 from torch import Tensor, nn
 
+from sivae_dist.errors import UserError
 from sivae_dist.models.posterior import Posterior, Prior
 
 
@@ -99,6 +100,16 @@ class ModelConfig:
     """Base of every architecture's configuration; `name` selects the class."""
 
     name: str = ""
+
+    def at_resolution(self, size: int) -> Self:
+        """The same family of networks for images of `size` pixels a side: levels are added or dropped at the fine end.
+
+        Raises UserError for a size that the family does not have. Architectures whose widths go by level say how.
+        """
+        if not any(field.name == "image_size" for field in fields(self)):
+            raise UserError(f"a model {self.name!r} has no resolution", "ask for it without --resolutions")
+        changes: dict[str, Any] = {"image_size": size}
+        return replace(self, **changes)
 
     def build(self) -> Autoencoder:
         """A freshly initialised model in float32 on the CPU (the caller seeds torch's generator)."""

@@ -11,7 +11,7 @@ Legend: B batch, C channels, H and W pixels of the current map, Z latent dimensi
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -197,6 +197,22 @@ class ResidualConfig(ModelConfig):
     def bottom(self) -> int:
         """Pixels a side of the smallest map."""
         return self.image_size >> len(self.channels)
+
+    def at_resolution(self, size: int) -> ResidualConfig:
+        """Halved widths in front of the first, or the first ones dropped: so the published ones of 1024 and 256 pixels
+        belong together.
+        """
+        widths, pixels = self.channels, self.image_size
+        while pixels > size and len(widths) > 1:
+            widths, pixels = widths[1:], pixels // 2
+        while pixels < size:
+            widths, pixels = (max(1, widths[0] // 2), *widths), pixels * 2
+        if pixels != size:
+            raise UserError(
+                f"{size} pixels: this network halves {self.image_size} pixels to {self.bottom}",
+                f"use {self.bottom} times a power of two",
+            )
+        return replace(self, image_size=size, channels=widths)
 
     def make_block(
         self, width_in: int, width_out: int, *, between_widths: bool, resample: Resample = "none"

@@ -16,7 +16,7 @@ from torch import nn
 
 from sivae_dist.config import from_dict, read_yaml
 from sivae_dist.engine.dry_run import times_due
-from sivae_dist.engine.dry_run_measure import Held, Stretch
+from sivae_dist.engine.dry_run_measure import Stretch
 from sivae_dist.engine.schedule import due
 
 IMAGE = 3 * 16 * 16
@@ -121,20 +121,6 @@ def test_of_a_growing_model(run: Runner, packed: Path, tmp_path: Path) -> None:
         ("0.3", "10", "6", "16"),
     ]
     assert "45 iterations;" in done.stdout
-
-
-def test_held_counts_each_storage_once_while_it_is_kept() -> None:
-    layer = nn.Linear(8, 8)
-    held = Held(layer)
-    x = torch.randn(4, 8, requires_grad=True)
-    with held.watching():
-        y = (layer(x).exp() * 1.0).tanh()  # keeps x (128 bytes), the exponential and the hyperbolic tangent
-        assert held.now == 3 * 4 * 8 * 4
-        y.sum().backward()
-        del y
-    assert held.now == 0
-    assert held.take_peak() == 3 * 4 * 8 * 4
-    assert held.take_peak() == 0
 
 
 @pytest.mark.parametrize("every", [0.0, 0.001, 0.007, 0.01, 0.025, 5.0])

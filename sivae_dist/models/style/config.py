@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from sivae_dist.errors import UserError
 from sivae_dist.models.base import Autoencoder, ModelConfig
@@ -79,6 +79,10 @@ class StyleConfig(ModelConfig):
     def layer_count(self) -> int:
         """Levels: 4x4 pixels, 8x8, ... image_size."""
         return self.image_size.bit_length() - 2
+
+    def at_resolution(self, size: int) -> StyleConfig:
+        """startf goes with 1 / size: as published, every level keeps its width."""
+        return replace(self, image_size=size, startf=max(1, self.startf * self.image_size // max(1, size)))
 
     def is_fused(self, level: int) -> bool:
         """Whether the block between this level and the one below resamples within its convolution, as published."""
