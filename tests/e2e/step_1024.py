@@ -36,7 +36,7 @@ def main(recipe: str, dtype: str) -> None:
     assert model.sample_shape == (3, 1024, 1024)
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     recompute_blocks(model, 0)
-    before = {name: value.clone() for name, value in model.state_dict().items()}
+    before = {name: float(value.detach().double().square().sum()) for name, value in model.named_parameters()}
     players = {"encoder": model.encoder, "decoder": model.decoder}
     optim = replace(config.optim, warmup_kimg=0.0)
     optimizers = optim.build(players)
@@ -56,9 +56,8 @@ def main(recipe: str, dtype: str) -> None:
         observe=lambda phase, terms: phases.append(phase.name),
     )
     ema.update(model, AFTER_WARMUP, 1)
-    after = model.state_dict()
-    parameters = {name for name, _ in model.named_parameters()}
-    still = [n for n, v in before.items() if n in parameters and torch.equal(v, after[n])]
+    after = dict(model.named_parameters())
+    still = [name for name, value in after.items() if float(value.detach().double().square().sum()) == before[name]]
     told = {
         "seconds": time.perf_counter() - started,
         "cpu_seconds": time.process_time(),
@@ -69,8 +68,9 @@ def main(recipe: str, dtype: str) -> None:
         "terms": {"/".join(key): float(value) for key, value in report.sums.items()},
         "gradients": {player: float(norm) for player, norm in report.grad_norm.items()},
         "still": still,
-        "parameters": len(parameters),
-        "finite": all(bool(v.isfinite().all()) for v in [*after.values(), *ema.model.state_dict().values()]),
+        "moved": len(after) - len(still),
+        "without_gradient": [name for name, value in after.items() if value.grad is None],
+        "finite": all(bool(v.isfinite().all()) for m in (model, ema.model) for v in m.state_dict().values()),
     }
     print(json.dumps(told))
 
