@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, environment
+from running import ROOT, environment
 
 from sivae_dist.config import from_dict, read_yaml
 from sivae_dist.engine.predict_memory import Case, predict
