@@ -52,8 +52,8 @@ class ModulatedConfig(ModelConfig):
     """Latent dimensions, of z and of a style."""
     mapping_layers: int = 8
     """Layers of the network that maps z to a style."""
-    mapping_multiplier: float = 0.01
-    """Learning rate of that network, as a part of the decoder's."""
+    mapping_multiplier: float = 0.1
+    """Learning rate of that network, as a part of the decoder's. ALAE's under this objective; StyleGAN2 has 0.01."""
     input_range: tuple[float, float] = (-1.0, 1.0)
     """What black and white become; part of the model, so of its checkpoints."""
     resample_filter: tuple[float, ...] = (1.0, 3.0, 3.0, 1.0)
@@ -110,7 +110,7 @@ class ModulatedConfig(ModelConfig):
             raise UserError(f"model.truncation_cutoff is {self.truncation_cutoff}, expected 0 or more", "raise it")
         if not self.mapping_multiplier > 0:
             raise UserError(
-                f"model.mapping_multiplier is {self.mapping_multiplier}, expected more than 0", "use 0.01, say"
+                f"model.mapping_multiplier is {self.mapping_multiplier}, expected more than 0", "use 0.1, say"
             )
         if self.clamp is not None and not self.clamp > 0:
             raise UserError(f"model.clamp is {self.clamp}, expected more than 0, or None", "use 256, or None")
@@ -122,7 +122,7 @@ class ModulatedConfig(ModelConfig):
 
     def build(self) -> ModulatedAutoencoder:
         """A freshly initialised network: weights normal with standard deviation gain / sqrt(fan in), the constant
-        normal, styles around one, other biases and noise strengths zero.
+        normal, styles around one, the posterior close to the prior, other biases and noise strengths zero.
         """
         self.check()
         return ModulatedAutoencoder(self)

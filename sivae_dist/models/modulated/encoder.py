@@ -18,6 +18,7 @@ from sivae_dist.ops import bias_act, downsample2d
 if TYPE_CHECKING:
     from sivae_dist.models.modulated.config import ModulatedConfig
 
+HEAD_START = 0.1  # of the head's weights, not of their learning rate: the posterior starts close to N(0, 1)
 HALF = math.sqrt(0.5)  # of both summands, so that the sum has the second moment of either
 
 
@@ -60,6 +61,9 @@ class ModulatedEncoder(nn.Module):
         self.last = Conv(widths[-1], widths[-1], 3, clamp=config.clamp)
         self.hidden = Linear(16 * widths[-1], widths[-1], gain=1.0)
         self.head = Linear(widths[-1], 2 * config.latent_size, gain=1.0)
+        # All images have much in common at first, which at full size would be a constant far from the prior's mean.
+        with torch.no_grad():
+            self.head.weight.mul_(HEAD_START)
 
     def lr_multipliers(self) -> dict[str, float]:
         """Parameter name -> learning-rate multiplier; parameters that are not named count 1."""
