@@ -4,7 +4,7 @@
                                   ema.safetensors        the same names, averaged
                                   optimizer.safetensors  PLAYER/PARAMETER/STATE
                                   state.json             format, nimg, plan salt, config, sums since the last report,
-                                          counts of the guard, loss scales, the controller's strength
+                                          time it took, counts of the guard, loss scales, the controller's strength
                                   files.json             size and sha256 of the others
     checkpoints/latest            name of the newest complete one
 

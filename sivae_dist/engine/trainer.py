@@ -97,6 +97,7 @@ class Trainer:
         strategy = Replicated(players, self.optimizers, self.group, clip_norm=config.optim.clip_norm)
         self.ema = Ema(config.ema, self.model)
         self.meters = Meters(self.group, self.device)
+        self.clock = Clock()
         self.guard = Guard(config.guard, self.group)
         precision = Precision(config.precision.resolved(), self.device.type)
         self.scales = LossScales.of_config(config.precision)
@@ -144,6 +145,7 @@ class Trainer:
         checkpoint.restore(saved, self.model, self.ema.model, self.optimizers)
         self.nimg = self.saved_nimg = saved.nimg
         self.meters.load(saved.state["sums"])
+        self.clock.load(saved.state.get("clock", {}), saved.nimg)
         self.scales.load(saved.state.get("loss_scales", {}))
         self.controller.load(saved.state.get("controller", {}))
         self.growing.load(saved.state.get("growing", {}), self.nimg)
@@ -156,7 +158,6 @@ class Trainer:
         self.tracker = Tracker(config.tracking, self.folder, resumed_nimg=self.nimg, is_main=self.group.is_main)
         self.writer = CheckpointWriter(config.checkpoint, self.folder.checkpoints)
         self.progress = Progress(total, self.nimg, enabled=config.tracking.progress and self.group.is_main)
-        self.clock = Clock()
 
         if self.nimg == 0:
             growing.enter(0)
@@ -241,7 +242,7 @@ class Trainer:
     def _report(self, rates: dict[str, float], size: int) -> None:
         """Means since the last report, speeds, memory: one row of metrics."""
         values = self.meters.means() | {f"lr/{player}": rate for player, rate in rates.items()}
-        values |= self.clock.read() | memory(self.device)
+        values |= self.clock.read() | self.clock.totals() | memory(self.device)
         values |= self.guard.counts() | self.scales.values() | self.controller.values()
         values |= self.growing.values(self.nimg - size)
         values["data/epoch"] = self.nimg / self.stream.epoch_size
@@ -252,7 +253,7 @@ class Trainer:
         """Metrics of the averaged model on held-out data (or training data, if the data have no such split)."""
         results = self.evaluator.metrics(self.ema.model)
         log.info("evaluation at %d images: %s", self.nimg, results)
-        self.tracker.scalars(self.nimg, results)
+        self.tracker.scalars(self.nimg, results | self.clock.totals())
         self.newest |= results
         return results
 
@@ -279,6 +280,7 @@ class Trainer:
         state = {
             "plan_salt": self.salt,
             "sums": self.meters.state(),
+            "clock": self.clock.state(),
             "guard": self.guard.state(),
             "loss_scales": self.scales.state(),
             "controller": self.controller.state(),
