@@ -98,7 +98,8 @@ def left_out(file: str, key: str) -> bool:
 # ---- comparison ----------------------------------------------------------------------------------------------------
 
 DOUBLE_STORED_DOUBLE, DOUBLE_STORED_SINGLE = 1e-9, 3e-7
-SINGLE = {"forward": 1e-5, "loss": 1e-4, "statistics": 1e-5}
+# In single precision. Running statistics are those of weights that Adam has already moved, see Comparison.updated.
+SINGLE = {"forward": 1e-5, "loss": 1e-4, "statistics": 1e-4}
 GRADIENT_TYPICAL, GRADIENT_KINK = 1e-3, 1e-2  # single precision; the latter for isolated tensors at kinks of LeakyReLU
 FLOOR = 1e-6  # of the largest entry of a gradient set: some gradients are zero up to rounding
 ZERO = 1e-12  # of the same: a gradient recorded in double precision below this is zero by construction
@@ -173,16 +174,21 @@ class Comparison:
         keys = self.golden.under(prefix)
         if keys.keys() != new.keys():
             self.wrong.append(f"{self.golden.name}:{prefix} other entries than recorded: {keys.keys() ^ new.keys()}")
+        gaps = {}  # single precision: of weights, in learning rates
         for name in keys.keys() & new.keys():
             statistics = name.rsplit(".", 1)[-1] in ("running_mean", "running_var", "num_batches_tracked")
             if statistics or self.dtype == torch.float64:
                 self.close(keys[name], new[name], "statistics")
                 continue
-            # In single precision Adam turns the rounding of tiny gradients into a fraction of the learning rate.
-            stored, rate = self.golden.array(keys[name]), rates[name.split(".")[0]]
-            gap = np.abs(new[name].detach().cpu().numpy().astype(np.float64) - stored)
-            if not (gap.max() <= 2 * rate and (gap <= 0.1 * rate).mean() >= 0.999):
-                self.wrong.append(f"{self.golden.name}:{keys[name]} off by up to {gap.max() / rate:.3g} learning rates")
+            gap = np.abs(new[name].detach().cpu().numpy().astype(np.float64) - self.golden.array(keys[name]))
+            gaps[name] = gap.ravel() / rates[name.split(".")[0]]
+        # In single precision Adam turns the rounding of tiny gradients into a part of the learning rate. Which ones
+        # depends on the order of sums in a processor's convolutions: so 99.9 % of all weights, not of each tensor.
+        for name, gap in gaps.items():
+            if gap.max(initial=0) > 2:
+                self.wrong.append(f"{self.golden.name}:{keys[name]} off by up to {gap.max():.3g} learning rates")
+        if gaps and (far := (np.concatenate(list(gaps.values())) > 0.1).mean()) > 1e-3:
+            self.wrong.append(f"{self.golden.name}:{prefix} {far:.2%} of weights off by over a tenth learning rate")
 
 
 @contextmanager
