@@ -96,6 +96,7 @@ def follow(case: Case, iterations: int = 1) -> Prediction:
     On real tensors unless they are faked.
     """
     config, accumulation = case.config, case.config.train.accumulation
+    passes = min(accumulation, case.images, 2)  # all further micro-batches are like the second, or empty
     with Storages() as storages:
         group = Silent(0, case.processes)
         model = _model(case, group)
@@ -107,12 +108,11 @@ def follow(case: Case, iterations: int = 1) -> Prediction:
             model,
             build_objective(config, model),
             strategy,
-            accumulation=min(accumulation, 2),  # all further micro-batches are like the second
+            accumulation=passes,
             precision=Precision(case.dtype),
             scales=LossScales(enabled=case.dtype == "fp16"),
         )
-        micro = -(-case.images // accumulation)
-        batch = _batch(config, model, micro * min(accumulation, 2))
+        batch = _batch(config, model, -(-case.images // accumulation) * passes)
         waiting = max(0, case.images - len(batch)) * batch.x[:1].nbytes  # images of the micro-batches left out
 
         # The peak of each phase, and what there was of gradients and optimizer state at its end.

@@ -74,6 +74,11 @@ def test_prediction_with_micro_batches_on_two_processes(name: str) -> None:
     assert allocated(lambda: follow(case, iterations=2)) == pytest.approx(predict(case).total, rel=TOLERANCE)
 
 
+def test_an_image_cannot_be_split() -> None:
+    once, often = (Case(run_config("mlp", train={"accumulation": n}), 1, "fp32") for n in (1, 8))
+    assert predict(often) == predict(once)
+
+
 def test_prediction_of_a_level() -> None:
     case = Case(run_config("style"), 8, "fp32", level=1)
     told = predict(case)
