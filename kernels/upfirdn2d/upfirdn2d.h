@@ -38,17 +38,19 @@ SIVAE_HD Reach reach(const Axis& a, int64_t o) {
 // The filter's element for tap t: a convolution turns the filter round, `flip` does not.
 SIVAE_HD int32_t element(int32_t t, int32_t taps, bool flip) { return flip ? t : taps - 1 - t; }
 
-// Output pixel (oy, ox) of one map. x: its first element; f: (taps_y, taps_x) or null for ones.
+// Output pixel (oy, ox) of one map, without the gain. x: its first element; f: (taps_y, taps_x), or (taps,) for both axes
+// if one_dimensional, or null for ones.
 template <typename T, typename W = Wide<T>>
-SIVAE_HD W pixel(const T* x, int64_t row_stride, int64_t col_stride, const W* f, const Axis& ay, const Axis& ax,
-                 bool flip, int64_t oy, int64_t ox) {
+SIVAE_HD W pixel(const T* x, int64_t row_stride, int64_t col_stride, const W* f, bool one_dimensional, const Axis& ay,
+                 const Axis& ax, bool flip, int64_t oy, int64_t ox) {
   const Reach ry = reach(ay, oy), rx = reach(ax, ox);
   W sum = 0;
   for (int32_t j = 0; j < ry.count; ++j) {
     const T* row = x + (ry.start + j) * row_stride + rx.start * col_stride;
-    const int32_t fy = element(ry.first + j * ay.up, ay.taps, flip) * ax.taps;
+    const int32_t fy = element(ry.first + j * ay.up, ay.taps, flip);
     for (int32_t i = 0; i < rx.count; ++i) {
-      const W weight = f ? f[fy + element(rx.first + i * ax.up, ax.taps, flip)] : W(1);
+      const int32_t fx = element(rx.first + i * ax.up, ax.taps, flip);
+      const W weight = !f ? W(1) : one_dimensional ? f[fy] * f[fx] : f[fy * ax.taps + fx];
       sum += widen(row[i * col_stride]) * weight;
     }
   }
@@ -62,9 +64,11 @@ template <int UP, int DOWN, int TAPS, int P, int R>
 struct Block {
   static constexpr int inputs = ((R - 1) * DOWN + TAPS - 1 - P) / UP + 1;
 
-  template <int J, typename W>
-  static SIVAE_HD void add(W value, const W (&w)[TAPS], W (&sum)[R]) {
-    add_to<J, 0>(value, w, sum);
+  // Adds all inputs: value(integral_constant<j>) is the j-th.
+  template <int J, typename F, typename W>
+  static SIVAE_HD void each(const F& value, const W (&w)[TAPS], W (&sum)[R]) {
+    add_to<J, 0>(value(std::integral_constant<int, J>{}), w, sum);
+    if constexpr (J + 1 < inputs) each<J + 1>(value, w, sum);
   }
 
  private:

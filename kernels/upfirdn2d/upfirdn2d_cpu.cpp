@@ -190,7 +190,7 @@ void direct(const Call& call) {
         const T* map = x + b * channels * plane_in + c * (call.x.last ? 1 : plane_in);
         T* out = call.x.last ? y + k * row + c : y + ((b * channels + c) * ay.out + oy) * ax.out;
         for (int64_t ox = 0; ox < ax.out; ++ox) {
-          out[ox * step] = narrow<T>(pixel(map, ax.in * step, step, f, ay, ax, call.flip, oy, ox) * gain);
+          out[ox * step] = narrow<T>(pixel(map, ax.in * step, step, f, false, ay, ax, call.flip, oy, ox) * gain);
         }
       }
     }

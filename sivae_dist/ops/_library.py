@@ -16,6 +16,7 @@ from sivae_dist.errors import UserError
 
 NAMESPACE = "sivae"
 SCHEMAS: dict[str, str] = {}
+_KEPT: list[Any] = []  # a library's declarations live as long as it does
 _LIBRARY: Any = torch.library.Library(NAMESPACE, "DEF")  # type: ignore[no-untyped-call]
 
 
@@ -24,6 +25,16 @@ def define(name: str, schema: str, fake: Callable[..., Any]) -> None:
     SCHEMAS[name] = schema
     _LIBRARY.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIBRARY)
+
+
+def define_emulated() -> None:
+    """Declares all operators once more, in the namespace of the CUDA kernels that run on the CPU (for tests)."""
+    if _KEPT:
+        return
+    library: Any = torch.library.Library(f"{NAMESPACE}_emulated", "DEF")  # type: ignore[no-untyped-call]
+    for name, schema in SCHEMAS.items():
+        library.define(f"{name}{schema}")
+    _KEPT.append(library)
 
 
 def derivative(name: str, setup: Callable[..., None], backward: Callable[..., Any]) -> None:

@@ -11,6 +11,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -48,11 +49,14 @@ class Recipe:
     root: Path
     """The folder of the sources."""
     ninja: str
+    module: bool = False
+    """Whether Python can import the library, too."""
 
     @property
     def sources(self) -> list[Path]:
         """The files to compile, one object each."""
-        return sorted(self.root.glob(SOURCES[self.device]))
+        module = [self.root / "common/module.cpp"] if self.module else []
+        return [*sorted(self.root.glob(SOURCES[self.device])), *module]
 
     @functools.cached_property
     def facts(self) -> dict[str, str]:
@@ -84,8 +88,8 @@ def digest(root: Path) -> str:
     return total.hexdigest()[:16]
 
 
-def recipe(device: Device, *, portable: bool = False) -> Recipe:
-    """How to build for `device` here. portable: for other processors than this one, too.
+def recipe(device: Device, *, ahead: bool = False) -> Recipe:
+    """How to build for `device` here. ahead: as `sivae_dist._C`, for any processor of this kind.
 
     Raises UnavailableError when a part is missing: sources, compiler, ninja, toolkit.
     """
@@ -94,7 +98,16 @@ def recipe(device: Device, *, portable: bool = False) -> Recipe:
     except UserError as error:
         raise UnavailableError(error.what, error.fix) from error
     include = Path(torch.__file__).parent / "include"
-    common = [f"-I{root}", f"-isystem{include}", f"-DTORCH_TARGET_VERSION={_target()}", "-std=c++20", "-O3"]
+    python = [f"-I{sysconfig.get_paths()['include']}"] if ahead else []
+    common = [
+        *python,
+        f"-I{root}",
+        "-isystem",
+        str(include),
+        f"-DTORCH_TARGET_VERSION={_target()}",
+        "-std=c++20",
+        "-O3",
+    ]
     library = str(Path(torch.__file__).parent / "lib")
     link = ["-shared", f"-L{library}", "-ltorch_cpu", "-lc10"]
     cxx = tuple(cxx_command())
@@ -106,7 +119,7 @@ def recipe(device: Device, *, portable: bool = False) -> Recipe:
         link += ["-cudart", "shared", "-Xlinker", f"-rpath,{toolkit / 'lib64'}"]
         if torch.version.cuda is not None:
             link += ["-ltorch_cuda"]
-        return Recipe(device, (nvcc,), _version((nvcc,)), tuple(flags), tuple(link), root, ninja_command())
+        return Recipe(device, (nvcc,), _version((nvcc,)), tuple(flags), tuple(link), root, ninja_command(), ahead)
     # Errno and traps of the C library's functions are nobody's business here; NaN and infinity are.
     fast = [
         "-fPIC",
@@ -117,10 +130,10 @@ def recipe(device: Device, *, portable: bool = False) -> Recipe:
         "-Wextra",
         "-Werror",
     ]
-    tuned = [] if portable else ["-march=native"]
+    tuned = [] if ahead else ["-march=native"]
     if device == "emulated":
-        fast += ["-DSIVAE_EMULATED", "-x", "c++", "-Wno-unknown-pragmas"]
-    return Recipe(device, cxx, _version(cxx), (*common, *fast, *tuned), tuple(link), root, ninja_command())
+        fast += ["-O1", "-DSIVAE_EMULATED", "-U_FORTIFY_SOURCE", "-x", "c++", "-Wno-unknown-pragmas", "-Wno-clobbered"]
+    return Recipe(device, cxx, _version(cxx), (*common, *fast, *tuned), tuple(link), root, ninja_command(), ahead)
 
 
 def cxx_command() -> list[str]:

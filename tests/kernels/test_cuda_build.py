@@ -1,0 +1,77 @@
+"""The CUDA sources under nvcc: they compile for all architectures without a warning, and nothing spills."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from sivae_dist.ops import _build, _toolchain
+from sivae_dist.ops._toolchain import UnavailableError
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def built() -> _build.Built:
+    """Architectures as for a wheel: compiled for 8.0 and 9.0, with PTX for what comes later."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SIVAE_CUDA_ARCHS", _toolchain.ARCHITECTURES)
+        try:
+            _toolchain.nvcc_command()
+        except UnavailableError as error:
+            pytest.skip(f"nvcc: {error.why}")
+        return _build.ensure("cuda")
+
+
+def kernels_of(report: str) -> list[tuple[str, str, dict[str, int]]]:
+    """(kernel, architecture, numbers) for every entry of ptxas's report."""
+    pattern = re.compile(
+        r"Compiling entry function '(?P<name>\w+)' for '(?P<arch>sm_\w+)'.*?"
+        r"(?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads.*?Used (?P<registers>\d+) registers",
+        re.DOTALL,
+    )
+    return [
+        (m["name"], m["arch"], {k: int(m[k]) for k in ("stores", "loads", "registers")})
+        for m in pattern.finditer(report)
+    ]
+
+
+def test_no_kernel_spills(built: _build.Built) -> None:
+    found = kernels_of((built.library.parent / _build.REPORT).read_text())
+    assert {arch for _, arch, _ in found} == {"sm_80", "sm_90"}
+    for operator in ("upfirdn2d", "bias_act"):
+        assert sum(operator in name for name, _, _ in found) > 20
+    spilling = [(name, arch, numbers) for name, arch, numbers in found if numbers["stores"] or numbers["loads"]]
+    assert spilling == []
+    assert max(numbers["registers"] for _, _, numbers in found) <= 128
+
+
+def test_the_library_holds_code_for_each_architecture_and_ptx(built: _build.Built) -> None:
+    flags = built.facts["flags"]
+    for part in (
+        "compute_80,code=sm_80",
+        "compute_90,code=sm_90",
+        "compute_90,code=compute_90",
+        "-Werror all-warnings",
+    ):
+        assert part in flags
+    assert b".nv_fatbin" in built.library.read_bytes()
+
+
+def test_it_loads_beside_this_torch_and_registers_its_operators(built: _build.Built) -> None:
+    """Without a CUDA device nothing can run; the operators' entries for CUDA tensors are there all the same."""
+    torch.ops.load_library(built.library)
+    for name in ("upfirdn2d", "upfirdn2d_backward", "bias_act", "bias_act_backward"):
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"sivae::{name}", "CUDA")
+
+
+def test_the_report_is_read_right(tmp_path: Path) -> None:
+    text = (
+        "ptxas info    : Compiling entry function '_Zab' for 'sm_80'\nptxas info    : Function properties for _Zab\n"
+        "    0 bytes stack frame, 4 bytes spill stores, 8 bytes spill loads\n"
+        "ptxas info    : Used 40 registers, used 1 barriers\n"
+    )
+    assert kernels_of(text) == [("_Zab", "sm_80", {"stores": 4, "loads": 8, "registers": 40})]
