@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from sivae_dist.ops import kernels
 from sivae_dist.ops._arguments import check_map, finish, wide
+from sivae_dist.ops._fused_adain_act import fused_adain_act
 
 EPS = 1e-8  # of the norm, when nobody says
 ALPHA = 0.2  # slope of the LeakyReLU below zero
@@ -38,10 +40,13 @@ def adain_act(
     style several, there is a result for each of them.
     Returns y in x's dtype and layout; mean and std (B, C) in float32 (float64 for float64), which is what everything is
     computed in. noise, noise_strength, bias and style may be of another floating dtype. Autocast changes nothing.
-    Differentiable in all five. Where a channel is constant the deviation is 0, and its gradient is taken as 0.
+    Differentiable in all five, once by the kernels (see `kernels`). Where a channel is constant the deviation is 0, and
+    its gradient is taken as 0.
     Raises ValueError for arguments of another kind.
     """
     _check(x, noise, noise_strength, bias, style)
+    if kernels.selected(x):
+        return fused_adain_act(x, noise, noise_strength, bias, style, eps, alpha)
     return adain_act_reference(x, noise, noise_strength, bias, style, eps=eps, alpha=alpha)
 
 

@@ -11,6 +11,7 @@ PROGRAM = r"""
 #include <cstdio>
 #include <cstdlib>
 #include "bias_act/bias_act.h"
+#include "common/place.h"
 #include "upfirdn2d/upfirdn2d.h"
 
 #define EXPECT(what) if (!(what)) { std::printf("%s\n", #what); return 1; }
@@ -41,6 +42,17 @@ int main() {
     const auto q = bias_act::place<int64_t>(i, channels, space, true);
     EXPECT((p.pixel / space * channels + p.channel) * space + p.pixel % space == i);
     EXPECT(q.pixel * channels + q.channel == i);
+  }
+  const Shape shape{9, channels, space};
+  for (const int64_t b : {int64_t{0}, int64_t{8}}) for (const int64_t c : {int64_t{0}, channels - 1}) {
+    const __int128 wide = b, plane = wide * channels + c, pixel = wide * space + space - 1;
+    EXPECT(shape.in_plane(b, c, space - 1) == plane * space + space - 1);
+    EXPECT(shape.in_last(b, c, space - 1) == pixel * channels + c);
+  }
+  for (const int64_t i : {(int64_t{1} << 31) + 7, (int64_t{1} << 40) + 11}) {
+    const Unit u = unit_of(i, (int64_t{1} << 20) + 1, 513);
+    EXPECT((u.sample * 513 + u.middle) * ((int64_t{1} << 20) + 1) + u.inner == i);
+    EXPECT(u.inner >= 0 && u.middle >= 0 && u.middle < 513 && u.inner <= int64_t{1} << 20);
   }
   for (const uint32_t i : {0u, 4294967295u, 4294967040u}) {
     const auto p = bias_act::place<uint32_t>(i, 77u, 1025u, false);

@@ -1,0 +1,82 @@
+"""The CUDA kernels of the fused blocks, run thread by thread on the CPU, against the reference.
+
+See test_emulated.py for what that covers and what it does not.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from lanes import DTYPES, LAYOUTS, close, drawn
+from torch import Tensor
+
+from sivae_dist.ops import _library, kernels
+from sivae_dist.ops.adain_act import adain_act_reference
+
+# Whole and broken packs, more pixels than a block takes at once, maps smaller than a warp, several groups of channels.
+SHAPES = [(2, 8, 4, 8), (1, 24, 3, 5), (2, 3, 40, 33), (1, 8, 72, 64), (1, 70, 2, 2), (3, 1, 1, 1), (0, 4, 2, 2)]
+
+
+@pytest.fixture(scope="module")
+def ops() -> Any:
+    kernels.load("emulated")
+    _library.define_emulated()
+    return torch.ops.sivae_emulated
+
+
+def agree(found: tuple[Tensor, ...], wanted: tuple[Tensor, ...], dtype: torch.dtype) -> None:
+    for one, other in zip(found, wanted, strict=True):
+        assert one.shape == other.shape
+        size = max(1.0, float(other.detach().abs().max()) if other.numel() else 1.0)
+        close(one.to(dtype) if one.dtype == torch.float32 else one, other, 2 * size)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=["nchw", "last"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_adain_act(ops: Any, dtype: torch.dtype, layout: Any) -> None:
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    for shape in SHAPES:
+        batch, channels, height, width = shape
+        x = drawn(*shape).to(dtype).contiguous(memory_format=layout)
+        for plain in (False, True):
+            side = {
+                "noise": drawn(batch, 1, height, width, seed=1),
+                "noise_strength": drawn(channels, seed=2),
+                "bias": drawn(channels, seed=3),
+                "style": drawn(batch, 2 * channels, seed=4),
+            }
+            given = [None if plain and k != "bias" else v.to(wide) for k, v in side.items()]
+            leaves = [x.double().requires_grad_(), *(t if t is None else t.double().requires_grad_() for t in given)]
+            found = ops.adain_act(x, *given, 1e-3, 0.2)
+            wanted = adain_act_reference(*leaves, eps=1e-3)
+            agree(found, wanted, dtype)
+            assert found[0].is_contiguous(memory_format=torch.contiguous_format if x.is_contiguous() else layout)
+
+            weights = [drawn(*t.shape, seed=5 + k).to(t.dtype) for k, t in enumerate(found)]
+            weights[0] = weights[0].contiguous(memory_format=layout)
+            results = ops.adain_act_backward(weights[0], x, *given, *found[1:], *weights[1:], 1e-3, 0.2)
+            used = [leaf for k, leaf in enumerate(leaves) if leaf is not None and k != 1]
+            gradients = torch.autograd.grad(wanted, used, [w.double() for w in weights])
+            dx, dstrength, dbias, dstyle = results
+            agree((dx, dbias) if plain else (dx, dstrength, dbias, dstyle), gradients, dtype)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=["nchw", "last"])
+def test_adain_act_not_finite_and_repeats(ops: Any, layout: Any) -> None:
+    for value in (float("nan"), float("inf")):
+        x = drawn(2, 8, 72, 64).float().contiguous(memory_format=layout)
+        x[1, 3, 70, 5] = value
+        none = [None] * 4
+        found, again = (ops.adain_act(x, *none, 1e-8, 0.2) for _ in range(2))
+        for one, two, other in zip(found, again, adain_act_reference(x.double()), strict=True):
+            assert torch.equal(one.isnan(), other.isnan()) and torch.equal(one.isinf(), other.isinf())
+            assert torch.equal(one.nan_to_num(), two.nan_to_num())
+
+
+def test_adain_act_far_from_zero(ops: Any) -> None:
+    for layout in LAYOUTS:
+        x = (drawn(2, 4, 72, 64) + 3e3).float().contiguous(memory_format=layout)
+        std, wanted = ops.adain_act(x, None, None, None, None, 1e-8, 0.2)[2], adain_act_reference(x.double())[2]
+        assert float((std.double() - wanted).abs().max()) < 1e-4
