@@ -10,6 +10,11 @@
 #else
 #include <cuda_runtime.h>
 #include <torch/csrc/stable/accelerator.h>
+#if defined(TORCH_VERSION_2_13_0) && TORCH_FEATURE_VERSION >= TORCH_VERSION_2_13_0
+#define SIVAE_NATIVE_HANDLE
+#else  // older headers do not know the version's name, and show this function only to torch's own builds
+extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
+#endif
 #define SIVAE_OPERATORS STABLE_TORCH_LIBRARY_IMPL(sivae, CUDA, m)
 #endif
 
@@ -27,10 +32,10 @@ class Launcher {
   explicit Launcher(const Tensor& x) : guard_(x.get_device_index()) {
     const int32_t device = x.get_device_index();
     void* stream = nullptr;
-#if TORCH_FEATURE_VERSION >= TORCH_VERSION_2_13_0
+#if defined(SIVAE_NATIVE_HANDLE)
     stream = torch::stable::accelerator::getCurrentStream(device).nativeHandle();
 #else
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
 #endif
     stream_ = static_cast<cudaStream_t>(stream);
     check(cudaDeviceGetAttribute(&processors_, cudaDevAttrMultiProcessorCount, device));

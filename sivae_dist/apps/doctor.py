@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from sivae_dist import __version__
-from sivae_dist.apps.checks import accelerate_config, devices, software, storage
+from sivae_dist.apps.checks import accelerate_config, devices, kernels, software, storage
 from sivae_dist.apps.checks.base import Check, guarded, ok
 
 
@@ -25,7 +25,8 @@ def examine(data: str | None, out: Path, accelerate_file: Path | None) -> list[C
         ("packages", software.packages),
         ("gpu", devices.gpus),
         ("c++ compiler", software.compilers),
-        ("kernels", software.kernels),
+        ("kernels", kernels.kernels),
+        ("extension locks", software.extension_locks),
         ("groups", devices.groups),
         ("launch variables", accelerate_config.environment),
         (accelerate_config.NAME, functools.partial(accelerate_config.config, accelerate_file)),

@@ -1,4 +1,4 @@
-"""Python, packages, compilers, kernels."""
+"""Python, packages, compilers."""
 
 from __future__ import annotations
 
@@ -14,8 +14,6 @@ from importlib import metadata
 from pathlib import Path
 
 from sivae_dist.apps.checks.base import Check, command_output, ok, problem, warning
-from sivae_dist.errors import UserError
-from sivae_dist.resources import kernels_dir
 
 # distribution -> module; what every run imports.
 REQUIRED = {
@@ -115,7 +113,7 @@ def compilers() -> list[Check]:
         found.append(warning("c++ compiler", what, "install one (apt install g++), or set CXX to a working one"))
     elif not include.is_file():
         remedy = "install them (apt install python3-dev)"
-        found.append(warning("c++ compiler", f"{include} is missing, so kernels cannot be built; {slower}", remedy))
+        found.append(warning("c++ compiler", f"{include} is missing, so torch.compile cannot serve CPUs", remedy))
     else:
         found.append(ok("c++ compiler", told.splitlines()[0]))
     nvcc, cuda = command_output("nvcc", "--version"), _torch_cuda()
@@ -142,13 +140,8 @@ def _torch_cuda() -> str | None:
     return version
 
 
-def kernels() -> list[Check]:
-    """The kernels' sources, and locks that a killed build left: later builds wait for them for ever."""
-    try:
-        names = sorted(p.name for p in kernels_dir().iterdir() if p.is_dir() and not p.name.startswith((".", "_")))
-        found = [ok("kernels", f"sources of {', '.join(names) or 'none'} in {kernels_dir()}")]
-    except UserError:
-        found = [ok("kernels", "this version ships none: every operation uses its reference implementation")]
+def extension_locks() -> list[Check]:
+    """Locks of torch's own extension builder (DeepSpeed uses it) that a killed build left: later ones wait for ever."""
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache/torch_extensions")
     stale = [p for p in root.glob("**/lock") if p.is_file() and time.time() - p.stat().st_mtime > STALE_S]
     if stale:
@@ -156,10 +149,8 @@ def kernels() -> list[Check]:
         what = (
             f"{len(stale)} locks older than {STALE_S / 60:.0f} minutes: a build was killed, and later ones hang on it"
         )
-        found.append(problem("extension locks", f"{what} ({listed})", f"when no build is running: rm {listed}"))
-    else:
-        found.append(ok("extension locks", f"none left behind in {root}"))
-    return found
+        return [problem("extension locks", f"{what} ({listed})", f"when no build is running: rm {listed}")]
+    return [ok("extension locks", f"none left behind in {root}")]
 
 
 def deepspeed() -> list[Check]:

@@ -1,0 +1,1 @@
+"""Measurements of parts. `core` times calls; `kernels` lists the operators' cases."""

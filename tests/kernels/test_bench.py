@@ -1,0 +1,75 @@
+"""`sivae-dist bench kernels`: the report is complete, costs are those of the formula, failures are told."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from sivae_dist.apps.bench import core
+from sivae_dist.apps.bench import kernels as bench
+from sivae_dist.cli import main
+from sivae_dist.ops import kernels
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def few(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Small sets of inputs, a small copy: what is measured is not the point."""
+    monkeypatch.setattr(core, "_BEYOND_CACHES", 1 << 10)
+    monkeypatch.setattr(core, "ceiling", lambda device, dtype: core.Ceiling(1e10, 1e11))
+    monkeypatch.setattr(bench, "ceiling", lambda device, dtype: core.Ceiling(1e10, 1e11))
+    yield
+    assert kernels.mode() == "auto"
+
+
+def test_command(few: None, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--device", "cpu", "--no-compile", "--batch", "1", "--seconds", "0.01", "--only", "256 px up"]
+    main(["bench", "kernels", *options, "--json"])
+    told = json.loads(capsys.readouterr().out)
+    assert told["precision"] == "fp32" and len(told["cases"]) == 4
+    for row in told["cases"]:
+        assert row["operator"] == "upfirdn2d" and row["ms"]["kernel"] > 0 and row["speedup"]["eager"] > 0
+        assert row["failed"] == {}
+    up = told["cases"][0]
+    assert up["bytes"] == 4 * 64 * (128**2 + 256**2) and up["flops"] == 2 * 4 * 64 * 256**2
+    assert up["of_copy_bandwidth"] == pytest.approx(up["bytes"] / (up["ms"]["kernel"] / 1e3) / 1e10)
+    main(["bench", "kernels", *options])
+    assert "upfirdn2d 256 px up 1x64x128x128 + backward" in capsys.readouterr().out
+
+
+def test_all_cases_call_their_implementations_with_one_result(few: None) -> None:
+    setting = bench.Setting(CPU, torch.float32, True, 1, False)
+    with kernels.using("cpu"):
+        for case in bench.cases(setting):
+            if "1024" not in case.name:
+                inputs = case.inputs()
+                torch.testing.assert_close(*(call(*inputs) for call in case.calls.values()), rtol=1e-4, atol=1e-4)
+
+
+def test_what_fails_is_named_and_what_is_ours_is_not_excused() -> None:
+    def broken() -> None:
+        raise RuntimeError("no compiler")
+
+    case = core.Case("op", "case", tuple, {"kernel": lambda: None, "compile": broken}, 1, 1)
+    result = core.measure(case, CPU, 0.001)
+    assert result.failures == {"compile": "RuntimeError: no compiler"} and list(result.seconds) == ["kernel"]
+    with pytest.raises(RuntimeError, match="no compiler"):
+        core.measure(core.Case("op", "case", tuple, {"kernel": broken}, 1, 1), CPU, 0.001)
+
+
+def test_the_limit_is_what_takes_longer() -> None:
+    case = core.Case("op", "case", tuple, {"kernel": lambda: None}, bytes=100, flops=1000)
+    row = core.Result(case, {"kernel": 2.0, "eager": 5.0}).row(core.Ceiling(copy=100.0, matrix=2000.0))
+    assert row["limit"] == "memory" and row["of_copy_bandwidth"] == 0.5 and row["speedup"] == {"eager": 2.5}
+    assert core.Result(case, {"kernel": 2.0}).row(core.Ceiling(copy=100.0, matrix=500.0))["limit"] == "arithmetic"
+
+
+@pytest.mark.gpu
+def test_command_on_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["bench", "kernels", "--device", "cuda", "--precision", "bf16", "--seconds", "0.1", "--only", "256", "--json"])
+    told = json.loads(capsys.readouterr().out)
+    assert all(not row["failed"] and row["ms"]["kernel"] > 0 for row in told["cases"])
