@@ -63,6 +63,7 @@ class Evaluator:
         self, config: EvalConfig, stream: Stream, group: Group, device: torch.device, precision: Precision, seed: int
     ) -> None:
         self.config, self.group, self.device, self.precision, self.seed = config, group, device, precision, seed
+        self.stream = stream
         self.host_batches = stream.held_out(config.images, config.batch)
         count = torch.tensor(float(sum(len(b.position) for b in self.host_batches)))
         self.count = int(group.sum_(count.to(group.device())).item())

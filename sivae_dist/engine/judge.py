@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from sivae_dist.distributed.group import Group
-from sivae_dist.engine.evaluate import Evaluator
+from sivae_dist.engine.evaluate_points import evaluator_for
 from sivae_dist.engine.load import load
 from sivae_dist.engine.precision import Precision
 from sivae_dist.evaluation.grids import save_png
@@ -26,7 +26,8 @@ def judge(run: Path, *, images: int, checkpoint_name: str = "latest") -> tuple[d
     stream = config.data.build(seed=config.train.seed, salt=0, rank=0, ranks=1)
     try:
         settings = replace(config.eval, images=images)
-        evaluator = Evaluator(settings, stream, Group(), device, Precision("fp32", device.type), config.train.seed)
+        precision, seed = Precision("fp32", device.type), config.train.seed
+        evaluator = evaluator_for(model)(settings, stream, Group(), device, precision, seed)
         results = evaluator.metrics(model)
         path = run / "samples" / f"evaluate-nimg-{trained.nimg:09d}.png"
         save_png(path, evaluator.pictures(model, model, config.tracking.images)["grid"])

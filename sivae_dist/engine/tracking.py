@@ -26,6 +26,7 @@ SHOWN = {
     "kl/real": "kl real {:.1f}",
     "kl/fake": "fake {:.1f}",
     "eval/psnr": "psnr {:.2f}",
+    "eval/hist_kl": "hist kl {:.3f}",
 }
 
 

@@ -23,7 +23,7 @@ from sivae_dist.engine.checkpoint_writer import CheckpointWriter
 from sivae_dist.engine.clock import Clock, memory
 from sivae_dist.engine.controller import Controller
 from sivae_dist.engine.ema import Ema
-from sivae_dist.engine.evaluate import Evaluator
+from sivae_dist.engine.evaluate_points import evaluator_for
 from sivae_dist.engine.growing import Growing
 from sivae_dist.engine.guard import Guard
 from sivae_dist.engine.iteration import Iteration
@@ -126,7 +126,8 @@ class Trainer:
                 self.salt, self.good = int(saved.state["plan_salt"]), saved.path
         self.stream = self._open_stream()
         resume.check_fits(self.stream, self.sample_shape, self.model, saved)
-        self.evaluator = Evaluator(config.eval, self.stream, self.group, self.device, precision, config.train.seed)
+        judges = evaluator_for(self.model)
+        self.evaluator = judges(config.eval, self.stream, self.group, self.device, precision, config.train.seed)
         self.newest: dict[str, float] = {}  # latest value of every metric, for the progress line
 
     def _build_model(self) -> Autoencoder:
@@ -258,8 +259,8 @@ class Trainer:
         return results
 
     def _draw(self) -> None:
-        """Picture grids into TensorBoard and the run's samples folder. Points make no pictures."""
-        if not self.group.is_main or len(self.sample_shape) != 3:
+        """Picture grids into TensorBoard and the run's samples folder."""
+        if not self.group.is_main:
             return
         pictures = self.evaluator.pictures(self.model, self.ema.model, self.config.tracking.images)
         save_png(self.folder.samples / f"nimg-{self.nimg:09d}.png", pictures.pop("grid"))

@@ -131,7 +131,7 @@ def test_training_went_somewhere(name: str, run: Callable[..., Path]) -> None:
         for player in players:
             mine = [key for key in tensors if key.startswith(player) and tensors[key].is_floating_point()]
             assert any(not torch.equal(tensors[key], first.tensors[stem][key]) for key in mine), (stem, player)
-    assert {"eval/psnr", "loss/encoder", "loss/decoder"} <= {tag for row in rows(run(name), 0) for tag in row}
+    assert {"eval/swd", "loss/encoder", "loss/decoder"} <= {tag for row in rows(run(name), 0) for tag in row}
 
 
 @each
