@@ -20,7 +20,7 @@ from sivae_dist.errors import UserError
 from sivae_dist.models import Autoencoder, ModelConfig
 from sivae_dist.models.modulated import ModulatedAutoencoder, ModulatedConfig
 from sivae_dist.models.modulated.encoder import EncoderBlock
-from sivae_dist.models.modulated.layers import Conv, PixelNorm, StyledConv, ToRgb, make_norm
+from sivae_dist.models.modulated.layers import Affine, Conv, PixelNorm, StyledConv, ToRgb, make_norm
 from sivae_dist.models.style import StyleConfig
 from sivae_dist.models.style.styled import StyledDecoder
 from sivae_dist.objectives.soft_introvae import SoftIntroVaeConfig
@@ -78,6 +78,25 @@ def test_magnitudes_at_the_start() -> None:
             sums[name] = sums.get(name, 0.0) + value / 3
     assert len(sums) == 2 * WIDE.layer_count - 1 + 2
     assert all(0.3 < value < 2.5 for value in sums.values()), sums
+
+
+@pytest.mark.parametrize("spread", [1.0, 0.1])
+def test_spread_of_the_styles_at_the_start(spread: float) -> None:
+    """Styles stand around one that far apart, an image moves with its code accordingly, and the rates stay."""
+    torch.manual_seed(0)
+    model = replace(WIDE, style_spread=spread).build()
+    w = torch.randn(512, 64)
+    affines = [module for module in model.decoder.modules() if isinstance(module, Affine)]
+    assert len(affines) == 3 * WIDE.layer_count - 1  # two convolutions a level (one at 4 pixels), one toRGB
+    for affine in affines:
+        styles = affine(w).detach()
+        assert float(styles.mean()) == pytest.approx(1.0, abs=0.1 * spread)
+        assert float(styles.std(0).mean()) == pytest.approx(spread, rel=0.1)
+    images = model.decode(torch.randn(64, 64)).detach()
+    moved = float(images.std(0).square().mean() / images.square().mean())
+    assert moved > 0.3 if spread == 1 else moved < 0.1
+    rates = model.decoder.lr_multipliers()
+    assert all(rates[name] == 1 / 8 for name in rates if name.endswith("affine.weight"))
 
 
 @pytest.mark.parametrize("norm", ["none", "group", "pixel"])
@@ -386,6 +405,7 @@ def test_average_model_averages_the_style_too() -> None:
         ({"style_mixing_prob": 1.5}, ("style_mixing_prob is 1.5", "0 to 1")),
         ({"truncation_cutoff": -1}, ("truncation_cutoff",)),
         ({"mapping_multiplier": 0.0}, ("mapping_multiplier is 0",)),
+        ({"style_spread": 0.0}, ("style_spread is 0",)),
         ({"clamp": 0.0}, ("model.clamp is 0",)),
         ({"resample_filter": (1.0, -1.0)}, ("resample_filter", "[1, 3, 3, 1]")),
         ({"resample_filter": ()}, ("resample_filter",)),

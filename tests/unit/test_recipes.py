@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -49,10 +50,14 @@ NETWORKS = {
     "lsunbedroom128_introvae": None,
     "lsunbedroom256_introvae": "introvae_256",
     "mnist_residual": "residual_mnist",
+    "modulated32": None,
     "monsters128_residual": "residual_monsters128",
     "quickstart": None,
+    "residual32": None,
+    "style32": None,
     "svhn_residual": "residual_cifar10",
 }
+COMPARED = ("residual32", "style32", "modulated32")  # docs/compare.md
 
 
 def load(recipe: str) -> RunConfig:
@@ -81,12 +86,24 @@ def test_says_where_it_comes_from(recipe: str) -> None:
     assert "Provenance:" in comment or recipe == "quickstart"
 
 
-@pytest.mark.parametrize("recipe", [name for name in RECIPES if name != "quickstart"])
+@pytest.mark.parametrize("recipe", [name for name in RECIPES if name not in ("quickstart", *COMPARED)])
 def test_trains_on_data_of_its_name_and_size(recipe: str) -> None:
     config, dataset = load(recipe), recipe.rpartition("_")[0]
     assert config.data.url == f"data/{dataset}"  # type: ignore[attr-defined]
     size = config.model.image_size  # type: ignore[attr-defined]
     assert dataset.endswith(str(size)) or (size in (28, 32) and dataset != "celeba")
+
+
+def test_compared_recipes_differ_in_network_and_optimizer_only() -> None:
+    """Their objective is the same in units of [0, 1]: a squared error is four times as large where images span two."""
+    reference = load(COMPARED[0])
+    assert reference.model.input_range == (0.0, 1.0)  # type: ignore[attr-defined]
+    for recipe in COMPARED[1:]:
+        config = load(recipe)
+        assert config.model.input_range == (-1.0, 1.0)  # type: ignore[attr-defined]
+        beta_rec = config.objective.beta_rec * 4  # type: ignore[attr-defined]
+        same = replace(config.objective, beta_rec=beta_rec)
+        assert replace(config, model=reference.model, optim=reference.optim, objective=same) == reference, recipe
 
 
 @pytest.mark.parametrize("recipe", ["cifar10_residual", "svhn_residual", "mnist_residual", "fashionmnist_residual"])

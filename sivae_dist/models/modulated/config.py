@@ -54,6 +54,9 @@ class ModulatedConfig(ModelConfig):
     """Layers of the network that maps z to a style."""
     mapping_multiplier: float = 0.1
     """Learning rate of that network, as a part of the decoder's. ALAE's under this objective; StyleGAN2 has 0.01."""
+    style_spread: float = 0.1
+    """Standard deviation of the styles around one in a fresh network; StyleGAN2's is 1. With 1, every dimension of a
+    code shakes the image at first, and the encoder learns to spend KL on quieting them all."""
     input_range: tuple[float, float] = (-1.0, 1.0)
     """What black and white become; part of the model, so of its checkpoints."""
     resample_filter: tuple[float, ...] = (1.0, 3.0, 3.0, 1.0)
@@ -112,6 +115,8 @@ class ModulatedConfig(ModelConfig):
             raise UserError(
                 f"model.mapping_multiplier is {self.mapping_multiplier}, expected more than 0", "use 0.1, say"
             )
+        if not self.style_spread > 0:
+            raise UserError(f"model.style_spread is {self.style_spread}, expected more than 0", "use 0.1, or 1")
         if self.clamp is not None and not self.clamp > 0:
             raise UserError(f"model.clamp is {self.clamp}, expected more than 0, or None", "use 256, or None")
         if not self.resample_filter or abs(sum(self.resample_filter)) < 1e-6:
@@ -122,7 +127,8 @@ class ModulatedConfig(ModelConfig):
 
     def build(self) -> ModulatedAutoencoder:
         """A freshly initialised network: weights normal with standard deviation gain / sqrt(fan in), the constant
-        normal, styles around one, the posterior close to the prior, other biases and noise strengths zero.
+        normal, styles `style_spread` around one, the posterior close to the prior, other biases and noise strengths
+        zero.
         """
         self.check()
         return ModulatedAutoencoder(self)

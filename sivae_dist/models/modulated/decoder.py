@@ -28,12 +28,14 @@ class DecoderBlock(Block):
     def __init__(self, config: ModulatedConfig, index: int) -> None:
         super().__init__()
         self.index, self.noise = index, config.noise
-        width, latent = config.width(4 << index), config.latent_size
+        width, latent, spread = config.width(4 << index), config.latent_size, config.style_spread
         self.fir = Fir(config.resample_filter)
-        self.conv_up = StyledConv(config.width(2 << index), width, latent, up=2, clamp=config.clamp) if index else None
-        self.conv = StyledConv(width, width, latent, up=1, clamp=config.clamp)
-        # The styles of toRGB have second moment two at first, and all levels add up: an image of order one.
-        self.to_rgb = ToRgb(width, config.channels_in, latent, gain=1 / math.sqrt(2 * config.layer_count))
+        before = config.width(2 << index)
+        self.conv_up = StyledConv(before, width, latent, up=2, spread=spread, clamp=config.clamp) if index else None
+        self.conv = StyledConv(width, width, latent, up=1, spread=spread, clamp=config.clamp)
+        # All levels add up, and styles have second moment two at most at first: an image of order one.
+        gain = 1 / math.sqrt(2 * config.layer_count)
+        self.to_rgb = ToRgb(width, config.channels_in, latent, spread=spread, gain=gain)
 
     def pixels(self, x: Tensor) -> int:
         """See Block.pixels."""

@@ -34,11 +34,16 @@ class Fir(nn.Module):
 
 
 class Affine(Linear):
-    """w (B, latent_size) -> styles (B, outputs), about one at first: the bias starts there, the deviation is one."""
+    """w (B, latent_size) -> styles (B, outputs), about one at first: the bias starts there.
 
-    def __init__(self, latent_size: int, outputs: int) -> None:
+    spread: standard deviation of the styles at first. Learning rates are those of deviation one.
+    """
+
+    def __init__(self, latent_size: int, outputs: int, *, spread: float) -> None:
         super().__init__(latent_size, outputs, gain=1.0)
         nn.init.ones_(self.bias)  # type: ignore[arg-type]
+        with torch.no_grad():
+            self.weight.mul_(spread)
 
     def forward(self, x: Tensor) -> Tensor:
         """In full precision: a style scales a whole map."""
@@ -49,9 +54,11 @@ class Affine(Linear):
 class StyledConv(Equalised):
     """3x3 convolution modulated by a style and demodulated, noise, bias, LeakyReLU; or the same after x2."""
 
-    def __init__(self, width_in: int, width_out: int, latent_size: int, *, up: int, clamp: float | None) -> None:
+    def __init__(
+        self, width_in: int, width_out: int, latent_size: int, *, up: int, spread: float, clamp: float | None
+    ) -> None:
         super().__init__((width_out, width_in, 3, 3), 9 * width_in, width_out, gain=1.0)
-        self.affine = Affine(latent_size, width_in)
+        self.affine = Affine(latent_size, width_in, spread=spread)
         self.noise_strength = nn.Parameter(torch.zeros(()))
         self.up, self.clamp = up, clamp
 
@@ -66,9 +73,9 @@ class StyledConv(Equalised):
 class ToRgb(Equalised):
     """Pointwise convolution modulated by a style, not demodulated, and bias: (B, width, H, W) -> (B, C, H, W)."""
 
-    def __init__(self, width: int, channels: int, latent_size: int, *, gain: float) -> None:
+    def __init__(self, width: int, channels: int, latent_size: int, *, spread: float, gain: float) -> None:
         super().__init__((channels, width, 1, 1), width, channels, gain=gain)
-        self.affine = Affine(latent_size, width)
+        self.affine = Affine(latent_size, width, spread=spread)
 
     def forward(self, x: Tensor, style: Tensor) -> Tensor:
         """float32 at least, so that the sum over levels is."""
