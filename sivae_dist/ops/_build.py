@@ -48,7 +48,11 @@ def cache_folder() -> Path:
     """Where builds are kept: $SIVAE_KERNEL_CACHE, else below the user's cache folder."""
     if given := os.environ.get("SIVAE_KERNEL_CACHE"):
         return Path(given)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sivae_dist" / "kernels"
+    try:
+        below = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:  # a user without a home, as containers have
+        return _private(create=True) or Path(tempfile.gettempdir())
+    return below / "sivae_dist" / "kernels"
 
 
 def find(made: Recipe) -> Built | None:
@@ -89,7 +93,8 @@ def build(made: Recipe, folder: Path) -> Built:
     """
     for left in folder.parent.glob(f".{folder.name}.*"):  # of builders that were killed
         shutil.rmtree(left, ignore_errors=True)
-    log.info("building the %s kernels in %s", made.device, folder)
+    # A warning only so that it is seen: a minute or two of silence look like a hang.
+    log.warning("building the %s kernels, once for this machine, in %s", made.device, folder)
     began = time.monotonic()
     aside = folder.parent / f".{folder.name}.{os.getpid()}"
     try:

@@ -172,6 +172,16 @@ def test_a_cache_that_cannot_be_written(workshop: Workshop, monkeypatch: pytest.
     assert _build.ensure("cpu") == built and workshop.compiled() == 1
 
 
+def test_a_user_without_a_home(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", homeless)
+    monkeypatch.delenv("SIVAE_KERNEL_CACHE")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    assert _build.ensure("cpu").library.is_relative_to(workshop.folder)
+
+
 def test_a_temporary_folder_that_others_can_write_is_not_used(workshop: Workshop) -> None:
     folder = workshop.folder / f"sivae_dist-kernels-{os.getuid()}"
     folder.mkdir()
