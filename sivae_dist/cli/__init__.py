@@ -22,9 +22,20 @@ def main(arguments: list[str] | None = None) -> None:
 def commands() -> dict[str, Callable[..., object]]:
     """All commands by name; a typed function each, whose signature is its command line."""
     # Here and below: the imports of one command must not cost another.
-    from sivae_dist.cli import bench, compare, data, evaluate, import_published, look, memory, scenes, suggest  # noqa: PLC0415  # noqa: PLC0415
+    from sivae_dist.cli import (  # noqa: PLC0415
+        bench,
+        compare,
+        data,
+        evaluate,
+        import_published,
+        look,
+        memory,
+        scenes,
+        suggest,
+        toy,
+    )
 
-    parts = (data, scenes, evaluate, compare, look, suggest, memory, bench, import_published)
+    parts = (data, scenes, evaluate, compare, look, suggest, memory, bench, toy, import_published)
     return {name: command for part in parts for name, command in part.COMMANDS.items()}
 
 

@@ -1,0 +1,170 @@
+"""What the 2-D experiments gave: measures of every model, a table of means and spreads, the papers' two figures."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sivae_dist.apps.sheet import sheet
+from sivae_dist.apps.toy import Job
+from sivae_dist.data.toy2d import EXTENT, Toy2dStream
+from sivae_dist.engine.load import Trained, load
+from sivae_dist.engine.precision import Precision
+from sivae_dist.engine.run_folder import write_atomic, write_json
+from sivae_dist.evaluation import plots2d, toy2d
+from sivae_dist.evaluation.grids import save_png
+
+PUBLISHED_SAMPLES = 5000  # of data and model in the published KL and JSD
+PUBLISHED_POINTS = 12_800  # of data in the published gnELBO
+PUBLISHED_GRID = 1024  # grid points per axis there
+SAMPLES = 100_000  # of data and model in the divergences in nats
+SHOWN = 2000  # points of a scatter
+FIGURE_GRID = 256  # a side, in pixels
+_REAL, _OTHER = 0, SAMPLES  # first held-out number of the data, and of a second draw that tells the floor
+
+# Key -> (heading, format). All are better when lower.
+MEASURES = {
+    "hist_kl": ("KL, nats", "{:.3f}"),
+    "hist_jsd": ("JSD, nats", "{:.4f}"),
+    "grid_nll": ("grid NLL, nats", "{:.3f}"),
+    "published_kl": ("KL as published", "{:.3f}"),
+    "published_jsd": ("JSD as published", "{:.3f}"),
+    "published_gnelbo": ("gnELBO as published", "{:.3g}"),
+}
+_LOSSES = ("rec/real", "kl/real", "kl/rec", "kl/fake", "loss/encoder", "loss/decoder", "loss/joint")
+
+
+def real_points(job: Job) -> Tensor:
+    """(2 SAMPLES, 2) held-out points of the job's density, the same for all jobs."""
+    return Toy2dStream(job.density).held_out(2 * SAMPLES, batch=2 * SAMPLES)[0].data
+
+
+def measured(job: Job) -> dict[str, Any]:
+    """Measures of a trained job: computed once, kept in its folder as toy2d.json."""
+    path = job.run.root / "toy2d.json"
+    trained = load(job.run.root, batch=8192)
+    try:
+        known = json.loads(path.read_text(encoding="utf-8"))
+        if known["nimg"] == trained.nimg:
+            return dict(known)
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    values: dict[str, Any] = {"nimg": trained.nimg, **measure(trained, job)}
+    newest = json.loads(job.run.summary.read_text(encoding="utf-8")).get("metrics", {})
+    values["losses"] = {tag: newest[tag] for tag in _LOSSES if tag in newest}
+    values["seconds"] = {tag: newest[tag] for tag in ("time/train_s", "time/cpu_s") if tag in newest}
+    write_json(path, values)
+    return values
+
+
+def measure(trained: Trained, job: Job) -> dict[str, float]:
+    """All measures of one model, and the floor of the divergences: those between two draws of the data."""
+    extent = EXTENT[job.density]
+    every = real_points(job)
+    real, other = every[:SAMPLES], every[_OTHER:]
+    fake = trained.sample(SAMPLES, seed=0)
+    energy = toy2d.negative_elbo(Precision().players(trained.model))
+    on_grid = toy2d.energies(energy, toy2d.grid(extent, PUBLISHED_GRID))
+    on_points = toy2d.energies(energy, real[:PUBLISHED_POINTS])
+    few = real[:PUBLISHED_SAMPLES], fake[:PUBLISHED_SAMPLES]
+    values = {"grid_nll": toy2d.grid_nll(on_points, on_grid, extent)}
+    values["published_gnelbo"] = toy2d.gnelbo(on_points, on_grid)
+    values["hist_kl_floor"] = toy2d.histogram_kl(real, other, extent)
+    values["hist_jsd_floor"] = toy2d.histogram_jsd(real, other, extent)
+    values["outside"] = float((fake.abs() > extent).any(1).double().mean())
+    if bool(fake.isfinite().all()) and values["outside"] < 1:
+        values["hist_kl"] = toy2d.histogram_kl(real, fake, extent)
+        values["hist_jsd"] = toy2d.histogram_jsd(real, fake, extent)
+        values["published_kl"] = toy2d.published_kl(*few, extent)
+        values["published_jsd"] = toy2d.published_jsd(*few, extent)
+    return values
+
+
+def table(jobs: Sequence[Job], results: Sequence[dict[str, Any]]) -> str:
+    """Markdown: for each measure densities by objectives, mean +- standard deviation over seeds."""
+    objectives = list(dict.fromkeys(job.objective for job in jobs))
+    seeds = sorted({job.seed for job in jobs})
+    lines = [f"{len(seeds)} seed(s), {max(r['nimg'] for r in results)} points each; lower is better everywhere", ""]
+    for key, (heading, pattern) in MEASURES.items():
+        floor = f"{key}_floor" in results[0]
+        columns = [heading, *objectives, *(["two draws of the data"] if floor else [])]
+        lines += ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+        for density in dict.fromkeys(job.density for job in jobs):
+            cells: list[str] = [density]
+            for objective in objectives:
+                chosen = [
+                    r.get(key, math.nan)
+                    for job, r in zip(jobs, results, strict=True)
+                    if (job.density, job.objective) == (density, objective)
+                ]
+                cells.append(spread(chosen, pattern))
+            if floor:
+                mine = [r for job, r in zip(jobs, results, strict=True) if job.density == density]
+                cells.append(pattern.format(mine[0][f"{key}_floor"]))
+            lines.append("| " + " | ".join(cells) + " |")
+        lines.append("")
+    lines += ["The last losses of every run are in toy.json."]
+    return "\n".join(lines)
+
+
+def spread(values: Sequence[float], pattern: str) -> str:
+    """Mean +- standard deviation of some numbers; how many of them do not exist is told."""
+    there = [value for value in values if math.isfinite(value)]
+    if not there:
+        return "-"
+    text = pattern.format(fmean(there)) + (f" ± {pattern.format(stdev(there))}" if len(there) > 1 else "")
+    return text + (f" ({len(values) - len(there)} of {len(values)} failed)" if len(there) < len(values) else "")
+
+
+def figures(jobs: Sequence[Job], results: Sequence[dict[str, Any]], out: Path) -> None:
+    """samples.png and density.png: densities by objectives, models of the lowest seed."""
+    seed = min(job.seed for job in jobs)
+    chosen = {(job.density, job.objective): (job, r) for job, r in zip(jobs, results, strict=True) if job.seed == seed}
+    densities = list(dict.fromkeys(density for density, _ in chosen))
+    objectives = list(dict.fromkeys(objective for _, objective in chosen))
+    scatters, heats, captions = [], [], []
+    for density in densities:
+        first = next(job for (name, _), (job, _) in chosen.items() if name == density)
+        extent = EXTENT[first.density]
+        scatters.append([plots2d.scatter(real_points(first)[:SHOWN], extent, size=FIGURE_GRID)])
+        heats.append([plots2d.heat(torch.log1p(toy2d.counts(real_points(first), extent, FIGURE_GRID // 2)))])
+        captions.append(["data"])
+        for objective in objectives:
+            job, result = chosen[density, objective]
+            trained = load(job.run.root, batch=8192)
+            scatters[-1].append(plots2d.scatter(trained.sample(SHOWN, seed=1), extent, size=FIGURE_GRID))
+            energy = toy2d.negative_elbo(Precision().players(trained.model))
+            on_grid = toy2d.energies(energy, toy2d.grid(extent, FIGURE_GRID))
+            heats[-1].append(plots2d.heat(torch.exp(-on_grid).reshape(FIGURE_GRID, FIGURE_GRID)))
+            captions[-1].append(f"JSD {result.get('hist_jsd', math.nan):.3f}, NLL {result['grid_nll']:.2f}")
+    labels = ["data", *objectives]
+    below = f"seed {seed}, {max(r['nimg'] for r in results)} points seen"
+    for name, rows, title in (
+        ("samples", scatters, f"{SHOWN} samples; {below}"),
+        ("density", heats, f"exp(ELBO), each from its least to its largest value (data: log of counts); {below}"),
+    ):
+        picture = sheet(rows, title=title, row_labels=densities, column_labels=labels, captions=captions)
+        save_png(out / f"{name}.png", picture)
+
+
+def write(jobs: Sequence[Job], out: Path) -> str:
+    """Measures all jobs, writes toy.md, toy.json, samples.png and density.png. Returns the table."""
+    results = [measured(job) for job in jobs]
+    text = table(jobs, results)
+    rows = [
+        {"density": job.density, "objective": job.objective, "seed": job.seed, **result}
+        for job, result in zip(jobs, results, strict=True)
+    ]
+    settings = {f"{j.density}-{j.objective}": dataclasses.asdict(j.config.objective) for j in jobs}
+    write_atomic(out / "toy.md", text + "\n")
+    write_json(out / "toy.json", {"runs": rows, "objectives": settings})
+    figures(jobs, results, out)
+    return text

@@ -1,0 +1,157 @@
+"""The 2-D experiments: plan, training in processes of their own, going on, table and figures."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from sivae_dist.apps import toy, toy_report
+from sivae_dist.apps.toy import Job
+from sivae_dist.cli import main
+from sivae_dist.engine.run_folder import RunFolder
+from sivae_dist.errors import UserError
+from sivae_dist.models.mlp import MlpConfig
+
+
+def small(jobs: list[Job]) -> list[Job]:
+    """The same with small networks, small batches and seldom a report."""
+    return [
+        dataclasses.replace(
+            job,
+            config=dataclasses.replace(
+                job.config,
+                model=MlpConfig(width=8, hidden_layers=1),
+                train=dataclasses.replace(job.config.train, batch=32, kimg=0.64),
+                eval=dataclasses.replace(job.config.eval, images=64),
+            ),
+        )
+        for job in jobs
+    ]
+
+
+def test_a_shorter_run_is_the_same_in_small(tmp_path: Path) -> None:
+    whole, short = (
+        toy.plan(tmp_path, ("rings",), ("soft_introvae",), seeds=[4], iterations=n)[0].config for n in (None, 3000)
+    )
+    assert whole.train.total_nimg == 30_000 * 512
+    assert short.train.total_nimg == 3000 * 512
+    assert short.train.seed == whole.train.seed == 4
+    for config, factor in ((whole, 1.0), (short, 0.1)):
+        phases = [[p.name for p in config.objective.build((2,)).phases(n)] for n in (0, round(2000 * 512 * factor))]
+        assert phases == [["joint"], ["encoder", "decoder"]]
+        assert [config.optim.factor(round(n * 512 * factor)) for n in (9999, 10_000, 15_000)] == pytest.approx(
+            [1, 0.1, 0.01]
+        )
+
+
+def test_the_twelve_models_share_what_they_should(tmp_path: Path) -> None:
+    jobs = toy.plan(tmp_path, toy.DENSITIES, toy.OBJECTIVES, seeds=range(2))
+    assert len({job.name for job in jobs}) == len(jobs) == 24
+    assert [job.seed for job in jobs] == [0] * 12 + [1] * 12
+    for density in toy.DENSITIES:
+        mine = [job.config for job in jobs if job.density == density and job.seed == 0]
+        assert {config.data.density for config in mine} == {density}  # type: ignore[attr-defined]
+        same = {
+            json.dumps([dataclasses.asdict(getattr(c, part)) for part in ("model", "train", "optim", "ema", "eval")])
+            for c in mine
+        }
+        assert len(same) == 1
+        betas = {(c.objective.beta_rec, c.objective.beta_kl) for c in mine}  # type: ignore[attr-defined]
+        assert len(betas) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+def test_trains_goes_on_and_reports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = {"PUBLISHED_GRID": 24, "PUBLISHED_POINTS": 300, "PUBLISHED_SAMPLES": 500, "SAMPLES": 1000, "SHOWN": 100}
+    for name, value in sizes.items():
+        monkeypatch.setattr(toy_report, name, value)
+    monkeypatch.setattr(toy_report, "_OTHER", 1000)
+    out = tmp_path / "toy"
+    jobs = small(toy.plan(out, ("rings",), ("vae", "soft_introvae"), seeds=[0]))
+    toy.train(jobs, out, at_once=2, progress=False)
+    assert all(job.finished() and job.reached() == 640 for job in jobs)
+    table = toy_report.write(jobs, out)
+    assert (out / "toy.md").read_text() == table + "\n"
+    rows = json.loads((out / "toy.json").read_text())["runs"]
+    assert [row["objective"] for row in rows] == ["vae", "soft_introvae"]
+    for row in rows:
+        assert all(math.isfinite(row[key]) for key in toy_report.MEASURES)
+        assert row["losses"]
+        assert 0 < row["hist_jsd_floor"] < row["hist_jsd"] <= math.log(2)
+    for name in ("samples", "density"):
+        with Image.open(out / f"{name}.png") as picture:
+            assert picture.width > 3 * 256
+
+    before = {job.name: job.run.metrics.stat().st_mtime_ns for job in jobs}
+    toy.train(jobs, out, at_once=1, progress=False)  # nothing is left to do
+    assert before == {job.name: job.run.metrics.stat().st_mtime_ns for job in jobs}
+    with pytest.raises(UserError, match="other settings"):
+        toy.plan(out, ("rings",), ("vae",), seeds=[0])
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+def test_a_run_that_fails_is_told(tmp_path: Path) -> None:
+    (job,) = small(toy.plan(tmp_path, ("rings",), ("vae",), seeds=[0]))
+    job.run.root.write_text("in the way")
+    with pytest.raises(UserError, match="1 of 1 runs did not finish") as told:
+        toy.train([job], tmp_path, at_once=1, progress=False)
+    assert "rings-vae-seed0.log" in told.value.fix
+
+
+@pytest.fixture
+def told(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Runs the command line with wrong options; what it says."""
+
+    def run(*arguments: str) -> str:
+        with pytest.raises(SystemExit):
+            main(list(arguments))
+        return capsys.readouterr().err
+
+    return run
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Job:
+    return toy.plan(tmp_path, ("rings",), ("vae",), seeds=[0])[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "reached"), [("", 0), ('{"nimg": 7}\n{"nimg": 512, "x": 1}\n', 512), ('{"nimg": 5}\n{"nim', 0)]
+)
+def test_how_far_a_run_came(job: Job, text: str, reached: int) -> None:
+    job.run.root.mkdir(parents=True)
+    assert job.reached() == 0
+    job.run.metrics.write_text(text)
+    assert job.reached() == reached
+    assert not job.finished()
+
+
+def row(**values: float) -> dict[str, float]:
+    return {"nimg": 512, "hist_kl_floor": 0.01, "hist_jsd_floor": 0.001, "grid_nll": 1.0, **values}
+
+
+def test_table_shows_spread_and_failures(tmp_path: Path) -> None:
+    jobs = toy.plan(tmp_path, ("rings",), ("vae", "introvae"), seeds=range(2))
+    text = toy_report.table(jobs, [row(hist_kl=1.0), row(), row(hist_kl=2.0), row(hist_kl=3.0)])
+    assert "| rings | 1.500 ± 0.707 | 3.000 (1 of 2 failed) | 0.010 |" in text
+    assert "| rings | - | - |" in text
+
+
+def test_wrong_options_are_told(tmp_path: Path, told: Callable[..., str]) -> None:
+    assert "nothing is chosen" in told("toy")
+    assert "--seeds is 0" in told("toy", "--all", "--seeds", "0")
+    assert "--iterations is 0" in told("toy", "--all", "--iterations", "0", "--out", str(tmp_path))
+    assert "--jobs is 0" in told("toy", "--density", "rings", "--jobs", "0", "--out", str(tmp_path))
+
+
+def test_a_run_folder_of_a_job_is_an_ordinary_one(job: Job) -> None:
+    assert isinstance(job.run, RunFolder)
+    assert job.run.root.name == "rings-vae-seed0"
