@@ -24,6 +24,20 @@ struct Pass {
 
   SIVAE_HD const T* in(int k) const { return k == 0 ? x : g; }
   SIVAE_HD T* out(int) const { return y; }
+  int group() const { return noise ? planes::GROUP : 1; }
+  template <int V, bool LAST, typename C>
+  __device__ void beside(const C*, int64_t b, int64_t, int64_t p, W (&values)[V]) const {
+    if (!noise) return;
+    const W* from = noise + b * noise_step + p;
+    if constexpr (LAST) {
+#pragma unroll
+      for (int i = 0; i < V; ++i) values[i] = *from;
+    } else {
+      const planes::Few<V, W> few = planes::load<V>(from);
+#pragma unroll
+      for (int i = 0; i < V; ++i) values[i] = few.item[i];
+    }
+  }
   SIVAE_HD Before<W> before(int64_t c) const { return {at(strength, c), at(bias, c), alpha}; }
 
   Pass(const Call& call, const T* gradient, T* result)

@@ -4,8 +4,9 @@
 // in the first cache. channels_last: packs along the channels.
 //
 // A pass F has: T; IN, OUT, SUMS (numbers of maps read and written, and of sums); MOMENTS (its value's mean and squares
-// are wanted instead); `const T* in(int)`, `T* out(int)`, `noise` (or null) with `noise_step` a sample; Channel and
-// channel(b, c); operator()(channel, values read, noise, values to write, sums to add to).
+// are wanted instead); `const T* in(int)`, `T* out(int)`; Channel and channel(b, c); beside<V, LAST>(channels, b, c, p,
+// values), one more value for each of V neighbours, and group(), how many channels share what that reads;
+// operator()(channel, values read, value beside, values to write, sums to add to).
 #pragma once
 
 #include "common/launch.h"
@@ -15,7 +16,7 @@
 namespace sivae::planes {
 
 constexpr int ROUNDS = 4;        // packs of a map that a thread reads in a row
-constexpr int GROUP = 8;         // channels that share a block's noise
+constexpr int GROUP = 8;         // channels of a block that share what all of them read
 
 // V neighbours, moved 16 bytes at a time if they fill them.
 template <int V, typename T>
@@ -67,18 +68,21 @@ constexpr int some() {
 
 // One pack through the pass: reads, calls, writes; the values written are left in `o`. C: one channel, or V.
 template <int V, bool LAST, typename F, typename C, typename W = Wide<typename F::T>>
-__device__ inline void step(const F& f, const C* channel, int64_t at, const W (&noise)[V], W (&o)[V][some<F::OUT>()],
-                            W (&s)[LAST ? V : 1][some<F::SUMS>()]) {
+__device__ inline void step(const F& f, const C* channel, const Shape& shape, int64_t b, int64_t c, int64_t p,
+                            W (&o)[V][some<F::OUT>()], W (&s)[LAST ? V : 1][some<F::SUMS>()]) {
   using T = typename F::T;
-  Few<V, T> read_[F::IN];
+  const int64_t at = LAST ? shape.in_last(b, c, p) : shape.in_plane(b, c, p);
+  Few<V, T> read_[some<F::IN>()];
 #pragma unroll
   for (int k = 0; k < F::IN; ++k) read_[k] = load<V>(f.in(k) + at);
+  W beside[V] = {};
+  f.template beside<V, LAST>(channel, b, c, p, beside);
 #pragma unroll
   for (int i = 0; i < V; ++i) {
-    W v[F::IN];
+    W v[some<F::IN>()];
 #pragma unroll
     for (int k = 0; k < F::IN; ++k) v[k] = widen(read_[k].item[i]);
-    f(channel[LAST ? i : 0], v, noise[i], o[i], s[LAST ? i : 0]);
+    f(channel[LAST ? i : 0], v, beside[i], o[i], s[LAST ? i : 0]);
   }
   if constexpr (F::OUT > 0 && !F::MOMENTS) {
 #pragma unroll
@@ -156,13 +160,7 @@ __global__ void __launch_bounds__(THREADS, 2) rows(F f, Shape shape, int64_t chu
       for (int r = 0; r < ROUNDS; ++r) {
         const int64_t p = from + static_cast<int64_t>(r) * blockDim.x * V;
         if (p < shape.space) {
-          W noise[V] = {};
-          if (f.noise) {
-            const Few<V, W> few = load<V>(f.noise + b * f.noise_step + p);
-#pragma unroll
-            for (int i = 0; i < V; ++i) noise[i] = few.item[i];
-          }
-          step<V, false>(f, &channel, shape.in_plane(b, c, p), noise, o[r], s);
+          step<V, false>(f, &channel, shape, b, c, p, o[r], s);
           many = (r + 1) * V;
         }
       }
@@ -214,10 +212,7 @@ __global__ void __launch_bounds__(THREADS, 2) columns(F f, Shape shape, int64_t 
       for (int r = 0; r < ROUNDS; ++r) {
         const int64_t p = chunk * length + r * down + row;
         if (p < shape.space) {
-          W noise[V];
-#pragma unroll
-          for (int i = 0; i < V; ++i) noise[i] = f.noise ? f.noise[b * f.noise_step + p] : W(0);
-          step<V, true>(f, channel, shape.in_last(b, c, p), noise, o[r], s);
+          step<V, true>(f, channel, shape, b, c, p, o[r], s);
         }
       }
     }
@@ -341,7 +336,7 @@ Cut cut(const Shape& shape, bool last, bool all_aligned) {
 template <typename F, typename W = Wide<typename F::T>>
 void pass(const Launcher& launch, const F& f, const Shape& shape, const Cut& how, W* parts) {
   constexpr int V = Pack<typename F::T>::size;
-  const int group = f.noise ? GROUP : 1;
+  const int group = f.group();
   const int64_t width = how.last ? how.across * (how.packs ? V : 1) : group;  // channels a block
   const int64_t many = shape.batch * how.chunks * ((shape.channels + width - 1) / width);
   const int64_t blocks = std::min(many, launch.resident_blocks() * 16);

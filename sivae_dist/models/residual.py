@@ -22,12 +22,13 @@ from sivae_dist.errors import UserError
 from sivae_dist.models.base import Autoencoder, ModelConfig
 from sivae_dist.models.blocks import Block as Recomputable
 from sivae_dist.models.posterior import Posterior, Prior
+from sivae_dist.ops import norm_act
+from sivae_dist.ops.norm_act import Resample
 
 Block = Literal["soft_introvae", "introvae"]
 Norm = Literal["batch", "group"]
 EqualWidthSkip = Literal["identity", "published_introvae"]
 Output = Literal["linear", "sigmoid"]
-Resample = Literal["up", "down", "none"]
 
 SLOPE = 0.2  # of every LeakyReLU
 LARGEST_SHARED_INT = 256  # CPython keeps one object per integer up to here; see ResidualConfig.equal_width_skip
@@ -41,11 +42,6 @@ def make_norm(kind: Norm, width: int) -> nn.Module:
     return nn.GroupNorm(next(g for g in range(min(MOST_GROUPS, width), 0, -1) if width % g == 0), width)
 
 
-def leaky(x: Tensor) -> Tensor:
-    """LeakyReLU in place: norms and additions do not need their output in backward, so one map a layer is saved."""
-    return functional.leaky_relu(x, SLOPE, inplace=True)
-
-
 class Stem(Recomputable):
     """5x5 convolution, norm, LeakyReLU, /2; (B, C, H, W) -> (B, width, H / 2, W / 2)."""
 
@@ -56,7 +52,7 @@ class Stem(Recomputable):
 
     def forward(self, x: Tensor) -> Tensor:
         """The way in."""
-        return functional.avg_pool2d(leaky(self.norm(self.conv(x))), 2)
+        return norm_act(self.conv(x), self.norm, alpha=SLOPE, resample="down")
 
 
 class ResidualBlock(Recomputable):
@@ -89,9 +85,9 @@ class ResidualBlock(Recomputable):
         if self.resample == "up":
             x = functional.interpolate(x, scale_factor=2, mode="nearest")
         skip = self.skip(x)
-        h = self.conv2(leaky(self.norm1(self.conv1(x))))
-        h = leaky(self.norm2(h + skip)) if self.norm_after_sum else leaky(self.norm2(h) + skip)
-        return functional.avg_pool2d(h, 2) if self.resample == "down" else h
+        h = self.conv2(norm_act(self.conv1(x), self.norm1, alpha=SLOPE))
+        smaller: Resample = "down" if self.resample == "down" else "none"
+        return norm_act(h, self.norm2, skip, skip_first=self.norm_after_sum, alpha=SLOPE, resample=smaller)
 
 
 def join_condition(features: Tensor, condition: Tensor | None, condition_dim: int) -> Tensor:

@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 import torch
 from lanes import DTYPES, LAYOUTS, close, drawn
+from norm_cases import KINDS, compare, fitting
+from norm_cases import SHAPES as MAPS
 from torch import Tensor
 
-from sivae_dist.ops import _library, kernels
+from sivae_dist.ops import _fused_norm_act, _library, kernels
 from sivae_dist.ops.adain_act import adain_act_reference
 
 # Whole and broken packs, more pixels than a block takes at once, maps smaller than a warp, several groups of channels.
@@ -80,3 +82,14 @@ def test_adain_act_far_from_zero(ops: Any) -> None:
         x = (drawn(2, 4, 72, 64) + 3e3).float().contiguous(memory_format=layout)
         std, wanted = ops.adain_act(x, None, None, None, None, 1e-8, 0.2)[2], adain_act_reference(x.double())[2]
         assert float((std.double() - wanted).abs().max()) < 1e-4
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=["nchw", "last"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_norm_act(ops: Any, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, layout: Any) -> None:
+    monkeypatch.setattr(_fused_norm_act, "_operators", lambda: ops)
+    for number, (shape, where, resample) in enumerate(fitting(MAPS)):
+        kind = KINDS[number % len(KINDS)]
+        if dtype in (torch.float32, torch.bfloat16) or number % 4 == 0:
+            x = drawn(*shape).to(dtype).contiguous(memory_format=layout)
+            compare(_fused_norm_act.fused_norm_act, x, kind, where, resample, layout)
