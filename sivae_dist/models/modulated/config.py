@@ -54,7 +54,7 @@ class ModulatedConfig(ModelConfig):
     """Layers of the network that maps z to a style."""
     mapping_multiplier: float = 0.1
     """Learning rate of that network, as a part of the decoder's. ALAE's under this objective; StyleGAN2 has 0.01."""
-    style_spread: float = 0.1
+    style_spread: float = 0.3
     """Standard deviation of the styles around one in a fresh network; StyleGAN2's is 1. With 1, every dimension of a
     code shakes the image at first, and the encoder learns to spend KL on quieting them all."""
     input_range: tuple[float, float] = (-1.0, 1.0)
@@ -116,7 +116,7 @@ class ModulatedConfig(ModelConfig):
                 f"model.mapping_multiplier is {self.mapping_multiplier}, expected more than 0", "use 0.1, say"
             )
         if not self.style_spread > 0:
-            raise UserError(f"model.style_spread is {self.style_spread}, expected more than 0", "use 0.1, or 1")
+            raise UserError(f"model.style_spread is {self.style_spread}, expected more than 0", "use 0.3, or 1")
         if self.clamp is not None and not self.clamp > 0:
             raise UserError(f"model.clamp is {self.clamp}, expected more than 0, or None", "use 256, or None")
         if not self.resample_filter or abs(sum(self.resample_filter)) < 1e-6:
