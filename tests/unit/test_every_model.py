@@ -178,7 +178,7 @@ def test_a_loaded_model_gives_the_same_outputs(
         condition = torch.nn.functional.one_hot(batch.label, own.condition_dim).float()
     expected, found = own.encode(batch.x, condition), loaded.encode(batch.x, condition)
     assert torch.equal(found.mu, expected.mu) and torch.equal(found.logvar, expected.logvar)
-    x_rec = own.decode(expected.mu, condition)
+    x_rec = own.decode(expected.mu.contiguous(), condition)  # strides may change the rounding of a product
     x_rec = x_rec.clamp(*own.input_range) if own.input_range else x_rec
     assert torch.equal(loaded.reconstruct(batch.x, condition), x_rec)
     samples = loaded.sample(3, seed=4, condition=condition)
