@@ -1,4 +1,4 @@
-"""`sivae-dist toy`."""
+"""`sivae-dist toy | theorems`."""
 
 from __future__ import annotations
 
@@ -53,4 +53,17 @@ def toy(
     print(f"\nwritten: toy.md, toy.json, samples.png and density.png in {out}")
 
 
-COMMANDS: dict[str, Callable[..., None]] = {"toy": toy}
+def theorems(*, out: Path = Path("runs/theorems"), seed: int = 0) -> None:
+    """Check the papers' theorems on spaces of five states, where everything is exact.
+
+    Args:
+        out: Folder for the figure (theorems.png).
+        seed: Of the random tables that play begins with.
+    """
+    from sivae_dist.apps import theorems_report as report  # noqa: PLC0415 (keeps --help quick)
+
+    print(report.report(out, seed=seed))
+    print(f"\nwritten: {out / 'theorems.png'}")
+
+
+COMMANDS: dict[str, Callable[..., None]] = {"toy": toy, "theorems": theorems}
