@@ -1,4 +1,4 @@
-"""`sivae-dist bench kernels`."""
+"""`sivae-dist bench kernels | toy`."""
 
 from __future__ import annotations
 
@@ -71,4 +71,27 @@ def kernels(
             print(f"    {implementation} failed: {why}")
 
 
-COMMANDS: dict[str, Callable[..., object]] = {"bench kernels": kernels}
+def toy(*, seconds: float = 10.0, json: bool = False) -> None:
+    """Time a 2-D Soft-IntroVAE iteration against a plain loop that does what the public code does, on one thread.
+
+    Args:
+        seconds: CPU time for each.
+        json: Print for programs.
+    """
+    import torch  # noqa: PLC0415 (--help stays quick)
+
+    from sivae_dist.apps.bench import toy as app  # noqa: PLC0415
+
+    rows = app.run(seconds)
+    plain = rows[0].seconds
+    if json:
+        print(jsonlib.dumps([{**vars(row), "ratio": plain / row.seconds} for row in rows], indent=1))
+        return
+    print(f"torch {torch.__version__}, 1 thread, batch {app.BATCH}, CPU time, medians")
+    print(f"{'':<26}{'ms/iteration':>14}{'its/s':>9}{'of which data':>15}{'x plain':>9}")
+    for row in rows:
+        rate, share = 1 / row.seconds, row.data_s / row.seconds
+        print(f"{row.name:<26}{row.seconds * 1e3:>14.2f}{rate:>9.1f}{share:>15.1%}{plain / row.seconds:>9.2f}")
+
+
+COMMANDS: dict[str, Callable[..., object]] = {"bench kernels": kernels, "bench toy": toy}
