@@ -136,7 +136,7 @@ def figures(jobs: Sequence[Job], results: Sequence[dict[str, Any]], out: Path) -
         extent = EXTENT[first.density]
         scatters.append([plots2d.scatter(real_points(first)[:SHOWN], extent, size=FIGURE_GRID)])
         heats.append([plots2d.heat(torch.log1p(toy2d.counts(real_points(first), extent, FIGURE_GRID // 2)))])
-        captions.append(["data"])
+        captions.append([""])
         for objective in objectives:
             job, result = chosen[density, objective]
             trained = load(job.run.root, batch=8192)

@@ -32,7 +32,7 @@ def test_the_plain_loop_and_the_engine_take_the_same_step(monkeypatch: pytest.Mo
         one, two = expected[name].grad, parameter.grad
         assert one is not None
         assert two is not None
-        assert float((one - two).abs().max()) <= 1e-3 * float(one.abs().max()), name
+        assert float((one - two).abs().max()) <= 1e-5 * float(one.abs().max()), name
 
 
 def test_every_loop_is_timed() -> None:
