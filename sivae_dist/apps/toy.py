@@ -128,7 +128,7 @@ def _of_length(config: RunConfig, iterations: int | None) -> RunConfig:
 def _check_same(job: Job) -> None:
     if not job.run.config.exists():
         return
-    if job.run.config.read_text(encoding="utf-8") != to_yaml(job.config):
+    if from_dict(read_yaml(job.run.config), str(job.run.config)) != job.config:
         raise UserError(
             f"{job.run.root} holds a run with other settings (another --iterations, or another version)",
             "give another --out, or remove that folder",

@@ -14,6 +14,7 @@ from PIL import Image
 from sivae_dist.apps import toy, toy_report
 from sivae_dist.apps.toy import Job
 from sivae_dist.cli import main
+from sivae_dist.config import from_dict, to_dict, to_yaml
 from sivae_dist.engine.run_folder import RunFolder
 from sivae_dist.errors import UserError
 from sivae_dist.models.mlp import MlpConfig
@@ -64,6 +65,17 @@ def test_the_twelve_models_share_what_they_should(tmp_path: Path) -> None:
         assert len(same) == 1
         betas = {(c.objective.beta_rec, c.objective.beta_kl) for c in mine}  # type: ignore[attr-defined]
         assert len(betas) == 1
+
+
+@pytest.mark.parametrize("iterations", [None, 150, 777])
+def test_a_folder_is_known_again(tmp_path: Path, iterations: int | None) -> None:
+    """By the settings as the trainer writes them, which is not letter by letter what it was given (1024, 1024.0)."""
+    (job,) = toy.plan(tmp_path, ("rings",), ("soft_introvae",), seeds=[0], iterations=iterations)
+    job.run.root.mkdir(parents=True)
+    job.run.config.write_text(to_yaml(from_dict(to_dict(job.config), "test")))
+    assert toy.plan(tmp_path, ("rings",), ("soft_introvae",), seeds=[0], iterations=iterations)[0].config == job.config
+    with pytest.raises(UserError, match="other settings"):
+        toy.plan(tmp_path, ("rings",), ("soft_introvae",), seeds=[0], iterations=151)
 
 
 @pytest.mark.slow
