@@ -30,7 +30,7 @@ def report(out: Path, *, seed: int = 0) -> str:
         f"p_data = {DATA}, alpha = {ALPHA:g}, seed {seed}",
         "",
         "| Soft-IntroVAE, gamma | proviso holds | TV(p_d, optimum) | KL + gamma H reached | least | q from posterior "
-        "| gain of E alone | of D alone |",
+        "| gain of the encoder alone | of the decoder alone |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for gamma, r in soft.items():
