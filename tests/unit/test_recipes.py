@@ -47,6 +47,7 @@ NETWORKS = {
     "ffhq1024_residual": "residual_celeb1024",
     "ffhq1024_style": None,
     "ffhq256_style": "style_ffhq256",
+    "littledata32_style": None,
     "lsunbedroom128_introvae": None,
     "lsunbedroom256_introvae": "introvae_256",
     "mnist_residual": "residual_mnist",
