@@ -65,7 +65,16 @@ def modulated_conv2d_reference(
     """The same without a copy of the weights a sample. Arguments are taken to be right. fir: what filters.
 
     A convolution is linear in its input channels and d does not depend on space, so scaling inputs by the style before
-    and outputs by d after one shared convolution gives the same map.
+    and outputs by d after one shared convolution gives the same map; see `factors`.
+    """
+    w, s, scale = factors(weight, styles, wide(x[:0]).dtype, demodulate=demodulate)
+    y = conv2d_resample_reference(scale_channels(x, s), w.to(x.dtype), resample_filter, up, down, padding, fir=fir)
+    with torch.autocast(x.device.type, enabled=False):
+        return scale_and_add(y, scale[:, :, None, None], noise)
+
+
+def factors(weight: Tensor, styles: Tensor, kind: torch.dtype, *, demodulate: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """(weight / n, styles / m, m n d) in the dtype `kind`: for the convolution, before it (B, C), after it (B, O).
 
     Half precision: with m[b] = max |styles[b]| and n[o] = |weight[o]|, the convolution sees styles / m and weight / n,
     so its sums stay below sqrt(fan in) max |x| whatever the size of styles and weights, and the factor after it,
@@ -74,8 +83,7 @@ def modulated_conv2d_reference(
 
     is computed in float32. m and n cancel, so they count as constants: values and gradients are those of the formula.
     """
-    with torch.autocast(x.device.type, enabled=False):
-        kind = wide(x[:0]).dtype
+    with torch.autocast(weight.device.type, enabled=False):
         w, s = weight.to(kind), styles.to(kind)
         n = w.detach().square().sum(dim=(1, 2, 3)).sqrt().clamp_min(SMALLEST)
         m = s.detach().abs().amax(dim=1, keepdim=True).clamp_min(SMALLEST)
@@ -83,10 +91,13 @@ def modulated_conv2d_reference(
         scale = m * n
         if demodulate:
             scale = torch.rsqrt(s.square() @ w.square().sum(dim=(2, 3)).T + EPS / scale.square())
-        x = x * s.to(x.dtype)[:, :, None, None]
-    y = conv2d_resample_reference(x, w.to(x.dtype), resample_filter, up, down, padding, fir=fir)
+        return w, s, scale
+
+
+def scale_channels(x: Tensor, s: Tensor) -> Tensor:
+    """x (B, C, H, W) * s (B, C), in x's dtype."""
     with torch.autocast(x.device.type, enabled=False):
-        return scale_and_add(y, scale[:, :, None, None], noise)
+        return x * s.to(x.dtype)[:, :, None, None]
 
 
 def scale_and_add(y: Tensor, scale: Tensor, noise: Tensor | None) -> Tensor:

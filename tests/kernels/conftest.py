@@ -30,4 +30,5 @@ def kernel_cache() -> Iterator[Path]:
 def lane(request: pytest.FixtureRequest) -> Iterator[Lane]:
     """A build with its mode in force; parametrise with `lanes.LANES`, indirectly."""
     with kernels.using(request.param.mode):
+        assert kernels.serves(request.param.device)
         yield request.param

@@ -42,7 +42,7 @@ def kernels_of(report: str) -> list[tuple[str, str, dict[str, int]]]:
 def test_no_kernel_spills(built: _build.Built) -> None:
     found = kernels_of((built.library.parent / _build.REPORT).read_text())
     assert {arch for _, arch, _ in found} == {"sm_80", "sm_90"}
-    for operator in ("upfirdn2d", "bias_act", "adain_act", "norm_act"):
+    for operator in ("upfirdn2d", "bias_act", "adain_act", "norm_act", "modulated_conv2d"):
         assert sum(operator in name for name, _, _ in found) > 20
     spilling = [(name, arch, numbers) for name, arch, numbers in found if numbers["stores"] or numbers["loads"]]
     assert spilling == []

@@ -5,11 +5,15 @@ See test_emulated.py for what that covers and what it does not.
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
 import torch
 from lanes import DTYPES, LAYOUTS, close, drawn
+from modulated_cases import FORMS
+from modulated_cases import SHAPES as EPILOGUE_SHAPES
+from modulated_cases import compare as compare_epilogue
 from norm_cases import KINDS, compare, fitting
 from norm_cases import SHAPES as MAPS
 from torch import Tensor
@@ -93,3 +97,40 @@ def test_norm_act(ops: Any, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype,
         if dtype in (torch.float32, torch.bfloat16) or number % 4 == 0:
             x = drawn(*shape).to(dtype).contiguous(memory_format=layout)
             compare(_fused_norm_act.fused_norm_act, x, kind, where, resample, layout)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=["nchw", "last"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_modulated_epilogue(ops: Any, dtype: torch.dtype, layout: Any) -> None:
+    class Emulated(torch.autograd.Function):
+        """What registration does for the real operator."""
+
+        @staticmethod
+        def forward(ctx: Any, *arguments: Any) -> Any:
+            ctx.arguments = arguments
+            return ops.modulated_epilogue(*arguments)
+
+        @staticmethod
+        def backward(ctx: Any, *gradients: Tensor) -> Any:
+            there = [g.contiguous(memory_format=layout) if g.numel() else None for g in gradients]
+            dx, dscale, dbias, dstrength, dnext = ops.modulated_epilogue_backward(*there, *ctx.arguments[:-1])
+            noise, strength, bias, following = ctx.arguments[2:6]
+            found = (
+                dx,
+                dscale,
+                None if noise is None else torch.zeros_like(noise),
+                None if strength is None else dstrength,
+                None if bias is None else dbias,
+                None if following is None else dnext,
+            )
+            return *found, None, None, None, None
+
+    def call(x: Tensor, scale: Tensor, noise: Any, strength: Any, bias: Any, following: Any, *rest: Any) -> Any:
+        alpha, gain, clamp, plain = rest
+        bound = -1.0 if clamp is None else clamp
+        y, scaled = Emulated.apply(x, scale, noise, strength, bias, following, alpha, gain, bound, plain)
+        return y if plain else None, None if following is None else scaled
+
+    for shape, form in itertools.product(EPILOGUE_SHAPES, FORMS):
+        x = drawn(*shape).to(dtype).contiguous(memory_format=layout)
+        compare_epilogue(call, x, form, layout, noise_too=False)

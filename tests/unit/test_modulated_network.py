@@ -25,6 +25,7 @@ from sivae_dist.models.style import StyleConfig
 from sivae_dist.models.style.styled import StyledDecoder
 from sivae_dist.objectives.soft_introvae import SoftIntroVaeConfig
 from sivae_dist.ops import setup_filter, upsample2d
+from sivae_dist.ops.modulated_layer import following_factor
 
 TINY = ModulatedConfig.tiny()
 # Wide enough for averages over channels to mean something, small enough to be quick.
@@ -56,11 +57,16 @@ def second_moments(model: nn.Module, *kinds: type[nn.Module]) -> dict[str, float
     found: dict[str, float] = {}
 
     def note(name: str) -> Any:
-        return lambda module, inputs, output: found.__setitem__(name, float(output.detach().square().mean()))
+        def hook(module: nn.Module, inputs: Any, options: dict[str, Any], output: Tensor) -> None:
+            if options.get("next_styles") is not None:  # the map comes out scaled for the next layer
+                output = output / following_factor(options["next_styles"])[:, :, None, None]
+            found[name] = float(output.detach().square().mean())
+
+        return hook
 
     for name, module in model.named_modules():
         if isinstance(module, kinds):
-            module.register_forward_hook(note(name))
+            module.register_forward_hook(note(name), with_kwargs=True)
     return found
 
 

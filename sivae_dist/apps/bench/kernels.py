@@ -6,41 +6,20 @@ the derivative needs and the gradient of the input as well. Small tensors (filte
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
+from sivae_dist.apps.bench import fused
 from sivae_dist.apps.bench.core import Case, Ceiling, Result, ceiling, measure
+from sivae_dist.apps.bench.setting import Setting, both
 from sivae_dist.errors import UserError
 from sivae_dist.ops import bias_act, kernels, setup_filter, upfirdn2d
 from sivae_dist.ops.bias_act import bias_act_reference
 from sivae_dist.ops.upfirdn2d import upfirdn2d_reference
 
-Call = Callable[..., Tensor]
-
-
-@dataclass(frozen=True)
-class Setting:
-    """Where and with what the cases run."""
-
-    device: torch.device
-    dtype: torch.dtype
-    channels_last: bool
-    batch: int | None
-    """Images; None: 4 of 256 px or 1 of 1024 px on a CPU, 32 or 4 (the recipes' micro-batches) elsewhere."""
-    compiled: bool
-
-    def images(self, resolution: int) -> int:
-        """The batch at this resolution."""
-        small = self.device.type == "cpu"
-        return self.batch or ({256: 4, 1024: 1} if small else {256: 32, 1024: 4})[resolution]
-
-    def drawn(self, *shape: int) -> Tensor:
-        """A map of standard normal numbers."""
-        x = torch.randn(shape, device=self.device, dtype=torch.float32).to(self.dtype)
-        return x.contiguous(memory_format=torch.channels_last) if self.channels_last else x
+__all__ = ["Setting", "cases", "run"]
 
 
 def cases(setting: Setting) -> Iterator[Case]:
@@ -48,6 +27,7 @@ def cases(setting: Setting) -> Iterator[Case]:
     for resolution, channels in ((256, 64), (1024, 32)):
         yield from _upfirdn2d(setting, resolution, channels)
         yield from _bias_act(setting, resolution, channels)
+        yield from fused.cases(setting, resolution, channels)
 
 
 def run(setting: Setting, wanted: str, seconds: float) -> tuple[Ceiling, list[Result]]:
@@ -86,7 +66,7 @@ def _upfirdn2d(s: Setting, resolution: int, channels: int) -> Iterator[Case]:
             return upfirdn2d_reference(x, taps, up, down, sides, gain=float(up * up))
 
         label = f"{resolution} px {name} {shape[0]}x{maps}x{size}x{size}"
-        yield from _both(s, "upfirdn2d", label, [shape], ours, plain, moved, flops, 2 * moved)
+        yield from both(s, "upfirdn2d", label, [shape], ours, plain, moved, flops, 2 * moved)
 
 
 def _bias_act(s: Setting, resolution: int, channels: int) -> Iterator[Case]:
@@ -106,50 +86,4 @@ def _bias_act(s: Setting, resolution: int, channels: int) -> Iterator[Case]:
     forward = 2 * size * s.dtype.itemsize + noise.nbytes
     backward = 3 * size * s.dtype.itemsize + noise.nbytes
     label = f"{resolution} px noise, lrelu {shape[0]}x{channels}x{resolution}x{resolution}"
-    yield from _both(s, "bias_act", label, [shape], ours, plain, forward, 6 * size, forward + backward)
-
-
-def _both(
-    s: Setting,
-    operator: str,
-    name: str,
-    shapes: list[tuple[int, ...]],
-    ours: Call,
-    plain: Call,
-    forward_bytes: int,
-    flops: int,
-    both_bytes: int,
-) -> Iterator[Case]:
-    """The forward pass alone, then forward and backward."""
-    calls = {"kernel": ours, "eager": plain}
-    if s.compiled:
-        calls["compile"] = torch.compile(plain)
-
-    def alone(call: Call) -> Call:
-        @torch.no_grad()
-        def function(*inputs: Tensor) -> Tensor:
-            return call(*inputs)
-
-        return function
-
-    def trained(call: Call) -> Call:
-        def function(*inputs: Tensor) -> Tensor:
-            leaves = [x.detach().requires_grad_() for x in inputs[:-1]]
-            y = call(*leaves)
-            torch.autograd.backward(y, inputs[-1])
-            return y
-
-        return function
-
-    def inputs() -> tuple[Tensor, ...]:
-        return tuple(s.drawn(*shape) for shape in shapes)
-
-    yield Case(operator, name, inputs, {k: alone(c) for k, c in calls.items()}, forward_bytes, flops)
-    out = ours(*inputs()).shape
-
-    def with_gradient() -> tuple[Tensor, ...]:
-        return (*inputs(), s.drawn(*out))
-
-    yield Case(
-        operator, f"{name} + backward", with_gradient, {k: trained(c) for k, c in calls.items()}, both_bytes, 2 * flops
-    )
+    yield from both(s, "bias_act", label, [shape], ours, plain, forward, 6 * size, forward + backward)

@@ -48,9 +48,11 @@ class DecoderBlock(Block):
         where there is no convolution with x2.
         """
         taps = self.fir.taps
+        own = self.conv.affine(styles[:, 1])
         if self.conv_up is not None:
-            x = self.conv_up(x, styles[:, 0], self._noise(x, 2, 1, draws), taps)
-        x = self.conv(x, styles[:, 1], self._noise(x, 1, 2, draws), taps)
+            first = self.conv_up.affine(styles[:, 0])
+            x = self.conv_up(x, first, self._noise(x, 2, 1, draws), taps, next_styles=own)
+        x = self.conv(x, own, self._noise(x, 1, 2, draws), taps, scaled=self.conv_up is not None)
         more: Tensor = self.to_rgb(x, styles[:, 2])
         return x, more if rgb is None else upsample2d(rgb, taps) + more
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from sivae_dist.models.style.layers import Equalised, Linear, wide
-from sivae_dist.ops import bias_act, conv2d_resample, modulated_conv2d, setup_filter
+from sivae_dist.ops import bias_act, conv2d_resample, modulated_conv2d, modulated_layer, setup_filter
 
 Norm = Literal["none", "group", "pixel"]
 NORM_EPS = 1e-3  # for inputs of about unit size; much less would make a grey image's gradient huge
@@ -62,12 +62,39 @@ class StyledConv(Equalised):
         self.noise_strength = nn.Parameter(torch.zeros(()))
         self.up, self.clamp = up, clamp
 
-    def forward(self, x: Tensor, style: Tensor, noise: Tensor | None, fir: Tensor) -> Tensor:
-        """x (B, width_in, H, W), style (B, latent_size), noise (B or 1, 1, up H, up W): (B, width_out, up H, up W)."""
-        x = modulated_conv2d(
-            x, self.weight, self.affine(style), up=self.up, padding=1, resample_filter=fir if self.up > 1 else None
+    def forward(
+        self,
+        x: Tensor,
+        styles: Tensor,
+        noise: Tensor | None,
+        fir: Tensor,
+        *,
+        scaled: bool = False,
+        next_styles: Tensor | None = None,
+    ) -> Tensor:
+        """x (B, width_in, H, W), styles (B, width_in) of `affine`, noise (B or 1, 1, up H, up W).
+
+        Returns (B, width_out, up H, up W); with next_styles (B, width_out), the map scaled by them, which the layer
+        with these styles takes with `scaled`.
+        """
+        y, following = modulated_layer(
+            x,
+            self.weight,
+            styles,
+            self.bias,
+            noise,
+            None if noise is None else self.noise_strength,
+            up=self.up,
+            padding=1,
+            resample_filter=fir if self.up > 1 else None,
+            clamp=self.clamp,
+            scaled=scaled,
+            next_styles=next_styles,
+            plain=next_styles is None,
         )
-        return bias_act(x, self.bias, noise, None if noise is None else self.noise_strength, clamp=self.clamp)
+        result = y if next_styles is None else following
+        assert result is not None
+        return result
 
 
 class ToRgb(Equalised):
