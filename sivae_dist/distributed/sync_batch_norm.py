@@ -78,9 +78,11 @@ class SynchronisedBatchNorm(_BatchNorm):
             with torch.no_grad():
                 if self.num_batches_tracked is not None:
                     self.num_batches_tracked.add_(1)
-                self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum or 0.0)
                 unbiased = var * (count / (count - 1).clamp_min(1))
-                self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum or 0.0)
+                for running, now in ((self.running_mean, mean), (self.running_var, unbiased)):
+                    # A micro-batch may be empty on all ranks: it has no statistics, so they stay.
+                    target = torch.where(count > 0, now.to(running.dtype), running)
+                    running.lerp_(target, self.momentum or 0.0)
         return y
 
 

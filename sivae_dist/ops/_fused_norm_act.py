@@ -70,7 +70,8 @@ def _move(norm: _BatchNorm, mean: Tensor, var: Tensor, count: Tensor) -> None:
     if norm.running_mean is None or norm.running_var is None:
         return
     unbiased = var * (count / (count - 1).clamp_min(1))
-    for running, now in ((norm.running_mean, mean), (norm.running_var, unbiased)):
+    for running, new in ((norm.running_mean, mean), (norm.running_var, unbiased)):
+        now = torch.where(count > 0, new, running)  # an empty micro-batch has no statistics
         if norm.momentum is None:
             assert norm.num_batches_tracked is not None
             running.add_((now.to(running.dtype) - running) / norm.num_batches_tracked)

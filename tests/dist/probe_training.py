@@ -34,6 +34,7 @@ CASES = {
     "soft": (SoftIntroVaeConfig(beta_neg=4.0, gamma_r=0.5), "batch", 1, 7),
     "soft-accumulated": (SoftIntroVaeConfig(beta_neg=4.0, gamma_r=0.5), "group", 3, 7),
     "soft-one-image": (SoftIntroVaeConfig(beta_neg=4.0), "group", 1, 1),
+    "soft-empty-micro-batches": (SoftIntroVaeConfig(beta_neg=4.0), "batch", 3, 1),
     "introvae": (IntroVaeConfig(margin=1.0, beta_rec=0.3), "batch", 1, 7),
     "vae": (VaeConfig(), "batch", 1, 5),
     "soft-recomputed": (SoftIntroVaeConfig(beta_neg=4.0, gamma_r=0.5), "batch", 1, 7),
