@@ -21,6 +21,8 @@ from torch import Tensor
 from sivae_dist.ops import _fused_norm_act, _library, kernels
 from sivae_dist.ops.adain_act import adain_act_reference
 
+pytestmark = pytest.mark.slow  # building takes most of a minute
+
 # Whole and broken packs, more pixels than a block takes at once, maps smaller than a warp, several groups of channels.
 SHAPES = [(2, 8, 4, 8), (1, 24, 3, 5), (2, 3, 40, 33), (1, 8, 72, 64), (1, 70, 2, 2), (3, 1, 1, 1), (0, 4, 2, 2)]
 
