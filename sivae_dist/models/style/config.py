@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from sivae_dist.errors import UserError
 from sivae_dist.models.base import Autoencoder, ModelConfig
 from sivae_dist.models.posterior import Prior
+from sivae_dist.models.style.checks import check_styled
 from sivae_dist.models.style.decoder import Noise, StyleDecoder
 from sivae_dist.models.style.encoder import StyleEncoder
 from sivae_dist.models.style.layers import FUSED_FROM
@@ -90,23 +90,7 @@ class StyleConfig(ModelConfig):
 
     def check(self) -> None:
         """Raises UserError for values that make no network."""
-        for field in ("channels_in", "startf", "maxf", "latent_size", "mapping_layers"):
-            if getattr(self, field) < 1:
-                raise UserError(f"model.{field} is {getattr(self, field)}, expected 1 or more", "raise it")
-        if self.image_size < 8 or self.image_size & (self.image_size - 1):
-            below = 1 << max(3, self.image_size.bit_length() - 1)
-            raise UserError(
-                f"model.image_size is {self.image_size}: levels double from 4 pixels, so it must be a power of two, "
-                "8 or more",
-                f"use {below} or {2 * below} pixels",
-            )
-        if not self.input_range[0] < self.input_range[1]:
-            raise UserError(f"model.input_range is {self.input_range}, expected (low, high)", "use (-1, 1) or (0, 1)")
-        for field in ("style_mixing_prob", "dlatent_avg_beta"):
-            if not 0 <= getattr(self, field) <= 1:
-                raise UserError(f"model.{field} is {getattr(self, field)}, expected 0 to 1", "correct the value")
-        if self.truncation_cutoff < 0:
-            raise UserError(f"model.truncation_cutoff is {self.truncation_cutoff}, expected 0 or more", "raise it")
+        check_styled(self, "startf", "maxf")
 
     def build(self) -> StyleAutoencoder:
         """A freshly initialised network: weights normal with standard deviation gain / sqrt(fan in), constant one,
