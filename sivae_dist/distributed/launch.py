@@ -22,6 +22,9 @@ class DistributedConfig:
     """ddp: every rank holds both players whole; gradients are summed. auto: what the accelerate config asks for."""
     ranks: int | None = None
     """Number of ranks this run must have; another number is an error. None accepts any."""
+    check: Literal["off", "start", "checkpoints"] = "checkpoints"
+    """Compare code, settings, libraries, data and weights of all ranks before the first step (start), and their weights
+    at each checkpoint, too (checkpoints)."""
     timeout_s: float = 600.0
     """A collective that takes longer than this ends the run with an error instead of hanging."""
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from sivae_dist.config import RunConfig, to_dict, to_yaml
 from sivae_dist.data import HostBatch, Stream
@@ -17,7 +18,7 @@ from sivae_dist.distributed import launch as launching
 from sivae_dist.distributed.failure import announced
 from sivae_dist.distributed.replicated import Replicated
 from sivae_dist.distributed.sync_batch_norm import synchronise_batch_norm
-from sivae_dist.engine import checkpoint, resume
+from sivae_dist.engine import agreement, checkpoint, resume
 from sivae_dist.engine.checkpoint import Snapshot
 from sivae_dist.engine.checkpoint_writer import CheckpointWriter
 from sivae_dist.engine.clock import Clock, memory
@@ -80,6 +81,7 @@ class Trainer:
         self.launch = launching.start(config.distributed)
         self.group, self.device = self.launch.group, self.launch.device
         self.lock: RunLock | None = None
+        agreement.check_start(self.group, config, self.device)
         if writes and self.group.is_main:
             self.folder.create()
             self.lock = RunLock(self.folder.root)
@@ -126,9 +128,19 @@ class Trainer:
                 self.salt, self.good = int(saved.state["plan_salt"]), saved.path
         self.stream = self._open_stream()
         resume.check_fits(self.stream, self.sample_shape, self.model, saved)
+        agreement.check_state(self.group, config, self._facts(), self._tensors())
         judges = evaluator_for(self.model)
         self.evaluator = judges(config.eval, self.stream, self.group, self.device, precision, config.train.seed)
         self.newest: dict[str, float] = {}  # latest value of every metric, for the progress line
+
+    def _facts(self) -> dict[str, str]:
+        """Where this rank begins; the same on all."""
+        facts = {"the checkpoint": self.good.name if self.good else "none", "images seen": str(self.nimg)}
+        facts |= {"the salt": str(self.salt), "the data": self.stream.fingerprint}
+        return facts | {f"the kernels' {key}": str(self.kernels[key]) for key in ("mode", "running")}
+
+    def _tensors(self) -> dict[str, dict[str, Tensor]]:
+        return agreement.state_tensors(self.model, self.ema.model, self.optimizers)
 
     def _build_model(self) -> Autoencoder:
         model = synchronise_batch_norm(self.config.model.build(), self.group).to(self.device)
@@ -269,6 +281,7 @@ class Trainer:
 
     def _save(self, results: dict[str, float]) -> None:
         """Begins a checkpoint. results: what was evaluated at exactly this point; ranks checkpoints for retention."""
+        agreement.check_weights(self.group, self.config, self.nimg, self._tensors())
         self.saved_nimg = self.nimg
         self.meters.settle()
         self.controller.meters.settle()

@@ -1,0 +1,134 @@
+"""What all ranks of a run must have in common, and when it is asked; the asking is `distributed.consistency`."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import platform
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from sivae_dist import resources
+from sivae_dist.config import RunConfig, to_dict
+from sivae_dist.distributed.consistency import agree, agree_on_tensors
+from sivae_dist.distributed.group import Group
+from sivae_dist.engine.logs import log
+from sivae_dist.engine.run_folder import PACKAGES
+from sivae_dist.errors import UserError
+from sivae_dist.models import Autoencoder
+
+# Settings that each rank may have for itself: where its copy of the data lies, and how it reads them.
+OWN = ("data.url", "data.workers", "data.prefetch", "data.timeout_s")
+_SOURCES = (".py", ".h", ".cpp", ".cu")
+_START = (
+    "start every rank from the same checkout and environment (constraints.txt pins it) with the same command; "
+    "--distributed.check off trains all the same"
+)
+_STATE = (
+    "let all ranks read the same data and the same run folder (on storage that all machines share); "
+    "--distributed.check off trains all the same"
+)
+_LATER = (
+    "the same command goes on from the last checkpoint, where all were alike; if this comes again, look for a faulty "
+    "device or an operation that is not deterministic; --distributed.check start asks no more"
+)
+
+
+def check_start(group: Group, config: RunConfig, device: torch.device) -> None:
+    """Code, settings, libraries and kind of device: asked before anything is built. Collective; raises UserError."""
+    if group.ranks == 1 or config.distributed.check == "off":
+        return
+    facts = versions() | {"device": device.type}
+    facts |= {f"the setting {key}": str(value) for key, value in flat(to_dict(config)).items() if key not in OWN}
+    agree(group, facts | sources(), _START)
+
+
+def check_state(group: Group, config: RunConfig, facts: dict[str, str], tensors: dict[str, dict[str, Tensor]]) -> None:
+    """Where training begins, and that all weights are the same: asked before the first step. As `check_start`."""
+    if config.distributed.check != "off":
+        agree(group, facts, _STATE)
+        agree_on_tensors(group, tensors, _STATE)
+
+
+def check_weights(group: Group, config: RunConfig, nimg: int, tensors: dict[str, dict[str, Tensor]]) -> None:
+    """Asked at each checkpoint, before it is written. Collective; raises UserError."""
+    if group.ranks > 1 and config.distributed.check == "checkpoints":
+        began = time.monotonic()
+        try:
+            agree_on_tensors(group, tensors, _LATER)
+        except UserError as error:
+            raise UserError(f"after {nimg} images {error.what}", error.fix) from error
+        log.info("the weights of all ranks compared in %.3f s", time.monotonic() - began)
+
+
+def state_tensors(
+    model: Autoencoder, ema: torch.nn.Module, optimizers: dict[str, Optimizer]
+) -> dict[str, dict[str, Tensor]]:
+    """The tensors of a training state by what they are."""
+    players = {"encoder": model.encoder, "decoder": model.decoder}
+    groups = {f"weights of the {name}": player.state_dict() for name, player in players.items()}
+    groups["averaged weights"] = ema.state_dict()
+    for name, optimizer in optimizers.items():
+        groups[f"optimizer of the {name}"] = optimizer_tensors(optimizer)
+    return groups
+
+
+def optimizer_tensors(optimizer: Optimizer) -> dict[str, Tensor]:
+    """NUMBER/STATE -> tensor, numbered by the order of the parameters."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    return {
+        f"{number}/{key}": value
+        for number, parameter in enumerate(parameters)
+        for key, value in optimizer.state.get(parameter, {}).items()
+        if isinstance(value, Tensor)
+    }
+
+
+def versions() -> dict[str, str]:
+    """Python and what the numbers of a run come from, by name. Missing packages are left out."""
+    found = {"python": platform.python_version(), "processor": platform.machine()}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    found["torch"] = torch.__version__  # with the build, as in 2.13.0+cpu
+    if torch.version.cuda:
+        found |= {"CUDA": torch.version.cuda, "cuDNN": str(torch.backends.cudnn.version())}  # type: ignore[no-untyped-call]
+    return found
+
+
+@functools.cache
+def sources() -> dict[str, str]:
+    """Name -> hash (12 hexadecimal digits) of every file of this package's code and of its kernels."""
+    package = Path(__file__).resolve().parents[1]
+    roots = [(package, package.name)]
+    with contextlib.suppress(UserError):  # an installation without them
+        roots.append((resources.kernels_dir(), "kernels"))
+    found: dict[str, str] = {}
+    for root, name in roots:
+        for path in sorted(root.rglob("*")):
+            if path.suffix in _SOURCES and path.is_file():
+                content = hashlib.sha256(path.read_bytes()).hexdigest()
+                found[f"{name}/{path.relative_to(root).as_posix()}"] = content[:12]
+    return found
+
+
+def code_hash() -> str:
+    """One hash of `sources`."""
+    return hashlib.sha256("\n".join(f"{k} {v}" for k, v in sorted(sources().items())).encode()).hexdigest()[:16]
+
+
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested sections as dotted names."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return found
