@@ -62,18 +62,28 @@ def to_channels(image: Image.Image, channels: int) -> Image.Image:
     return image if image.mode == mode else image.convert(mode)
 
 
-def prepare(image: Image.Image, resolution: int, channels: int) -> Image.Image:
-    """The packer's transform: turn upright (EXIF), RGB or grey, centre square, Lanczos to resolution x resolution."""
+def square(image: Image.Image, channels: int) -> Image.Image:
+    """Turned upright (EXIF), RGB or grey, cut to the centre square: what of a picture is stored, at its own size."""
     image = to_channels(ImageOps.exif_transpose(image), channels)
     width, height = image.size
     side = min(width, height)
     if width != height:
         left, top = (width - side) // 2, (height - side) // 2
         image = image.crop((left, top, left + side, top + side))
-    if side != resolution:
-        image = image.resize((resolution, resolution), Image.Resampling.LANCZOS)
     image.info = {}  # else Pillow would copy profiles and comments into the encoded file
     return image
+
+
+def prepare(image: Image.Image, resolution: int, channels: int) -> Image.Image:
+    """The packer's transform: `square`, and Lanczos to resolution x resolution. A square picture comes as it is."""
+    return resized(square(image, channels), resolution)
+
+
+def resized(image: Image.Image, resolution: int) -> Image.Image:
+    """A square picture in resolution x resolution pixels, by Lanczos."""
+    if image.size == (resolution, resolution):
+        return image
+    return image.resize((resolution, resolution), Image.Resampling.LANCZOS)
 
 
 def encode(image: Image.Image, image_format: str, quality: int | None = None) -> bytes:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+from tqdm import tqdm
 
 from sivae_dist.counters import key as counter_key
 from sivae_dist.counters import permutation
@@ -56,7 +57,7 @@ def read_items(path: Path, offsets: npt.NDArray[np.uint64]) -> list[Item]:
     return items
 
 
-def list_items(source: Source, path: Path, *, val_fraction: float, val_count: int) -> ItemList:
+def list_items(source: Source, path: Path, *, val_fraction: float, val_count: int, progress: bool = False) -> ItemList:
     """Writes the items of a source to `path`, checking keys and labels and choosing the validation split.
 
     The source's own split is kept; else the items with the smallest hash of their key are held out, so that the choice
@@ -68,7 +69,7 @@ def list_items(source: Source, path: Path, *, val_fraction: float, val_count: in
     highest, unlabelled = -1, 0
     to_json = json.JSONEncoder(sort_keys=True, separators=(",", ":")).encode
     with open(path, "wb") as file:
-        for item in source.items():
+        for item in tqdm(source.items(), unit="img", desc="listing", disable=not progress):
             _check(item)
             line = to_json([item.key, item.label, item.meta]).encode() + b"\n"
             file.write(line)

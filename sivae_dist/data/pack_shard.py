@@ -1,7 +1,12 @@
-"""One unit of the packer's work: a shard, from its items to its files and the note that says it is done."""
+"""One unit of the packer's work: a shard at every resolution, from its items to its files and the note of its end.
+
+Pictures are read once and stored at all resolutions asked for; a picture that fails at one of them is left out of all,
+so that the shards of a pyramid hold the same samples in the same order.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from dataclasses import asdict, dataclass
@@ -11,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from sivae_dist.data.decode import encode, prepare
+from sivae_dist.data.decode import encode, resized, square
 from sivae_dist.data.files import write_atomically
 from sivae_dist.data.manifest import EXTENSIONS, MAX_MEMBER_BYTES, MAX_RESOLUTION, ShardInfo
 from sivae_dist.data.pack_items import read_items
@@ -29,6 +34,7 @@ _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 class PackOptions:
     """All that decides the bytes of a packed data set, apart from the source. Checked on construction (UserError).
 
+    resolution: side of the stored pictures, or several of them for a pyramid: a shard folder each, from one reading.
     format: jpg, webp or png; quality: 1..100 for jpg and webp, None means 95.
     channels: 3 (RGB) or 1 (grey).
     shard_size: "auto" (1,024 samples or about 256 MB, whichever is less), a number of samples ("1000"), or about so
@@ -37,7 +43,7 @@ class PackOptions:
     shuffle: put samples into shards in an order drawn from `seed`, so that shards do not follow the source's order.
     """
 
-    resolution: int
+    resolution: int | tuple[int, ...]
     format: str = "jpg"
     quality: int | None = None
     channels: int = 3
@@ -52,7 +58,10 @@ class PackOptions:
             if not ok:
                 raise UserError(f"{name} is {getattr(self, name)!r}, expected {expected}", f"correct --{name}")
 
-        need(1 <= self.resolution <= MAX_RESOLUTION, "resolution", f"1 to {MAX_RESOLUTION} pixels")
+        sides = self.resolutions
+        need(bool(sides), "resolution", "one or several numbers of pixels")
+        need(all(1 <= side <= MAX_RESOLUTION for side in sides), "resolution", f"1 to {MAX_RESOLUTION} pixels")
+        need(list(sides) == sorted(set(sides)), "resolution", "every resolution once, the smallest first")
         need(self.format in EXTENSIONS, "format", f"one of {', '.join(EXTENSIONS)}")
         need(self.quality is None or 1 <= self.quality <= 100, "quality", "1 to 100")
         need(self.quality is None or self.format != "png", "quality", "none for png, which is lossless")
@@ -62,8 +71,22 @@ class PackOptions:
         need(not (self.val_count and self.val_fraction), "val_count", "0 when val_fraction is given")
         need(_limits(self.shard_size) is not None, "shard_size", "auto, a number of samples, or a size such as 256MB")
 
+    @property
+    def resolutions(self) -> tuple[int, ...]:
+        """All resolutions, the smallest first."""
+        return self.resolution if isinstance(self.resolution, tuple) else (self.resolution,)
+
+    def folders(self, destination: Path) -> tuple[Path, ...]:
+        """The shard folder of each resolution: `destination` itself, or its sub-folders 256, 512, ... in a pyramid."""
+        if isinstance(self.resolution, int):
+            return (destination,)
+        return tuple(destination / str(side) for side in self.resolution)
+
     def samples_per_shard(self, mean_bytes: float) -> int:
-        """Samples per shard for samples of mean_bytes bytes (their tar headers included)."""
+        """Samples per shard for samples of mean_bytes bytes (their tar headers included).
+
+        In a pyramid the largest resolution decides: all resolutions have the same shards.
+        """
         limits = _limits(self.shard_size)
         assert limits is not None
         samples, size = limits
@@ -84,7 +107,7 @@ def _limits(shard_size: str) -> tuple[int, float] | None:
 
 @dataclass(frozen=True)
 class ShardTask:
-    """A shard to make. offsets: where its items stand in the list;."""
+    """A shard to make. offsets: where its items stand in the list."""
 
     name: str
     split: str
@@ -93,71 +116,103 @@ class ShardTask:
 
 @dataclass(frozen=True)
 class ShardDone:
-    """A shard made. skipped: (key, reason); enlarged: pictures that were smaller than the resolution."""
+    """A shard made. infos: one a resolution; skipped: (key, reason); enlarged: smaller than the largest resolution."""
 
-    info: ShardInfo
+    infos: tuple[ShardInfo, ...]
     skipped: tuple[tuple[str, str], ...]
     enlarged: int
 
+    @property
+    def name(self) -> str:
+        """The shard's name, the same at all resolutions."""
+        return self.infos[0].name
+
+    @property
+    def count(self) -> int:
+        """Samples it holds, the same at all resolutions."""
+        return self.infos[0].count
+
     def save(self, path: Path) -> None:
-        """Writes the note that the shard is done."""
+        """Writes the note that the shard is done. Its files must be safe on the disk before."""
         write_atomically(path, json.dumps(asdict(self)).encode())
 
     @classmethod
-    def load(cls, path: Path, folder: Path) -> ShardDone | None:
+    def load(cls, path: Path, folders: tuple[Path, ...]) -> ShardDone | None:
         """The note, or None when there is none or the shard's files are not there as it says."""
         try:
             raw = json.loads(path.read_bytes())
-            done = cls(ShardInfo(**raw["info"]), tuple((k, r) for k, r in raw["skipped"]), raw["enlarged"])
-            there = (folder / f"{done.info.name}.tar").stat().st_size == done.info.bytes
-            return done if there and (folder / f"{done.info.name}.index").is_file() else None
+            infos = tuple(ShardInfo(**info) for info in raw["infos"])
+            done = cls(infos, tuple((k, r) for k, r in raw["skipped"]), raw["enlarged"])
+            there = all(_is_there(info, folder) for info, folder in zip(infos, folders, strict=True))
+            return done if there else None
         except (OSError, ValueError, TypeError, KeyError):
             return None
 
 
-def encoded(source: Source, item: Item, options: PackOptions) -> tuple[bytes, bool]:
-    """The bytes of an item's picture, and whether it had to be enlarged. Raises whatever reading it raises."""
-    with source.open(item, options.resolution) as image:
-        small = min(image.size) < options.resolution
-        picture = prepare(image, options.resolution, options.channels)
-    data = encode(picture, options.format, options.quality)
-    if len(data) > MAX_MEMBER_BYTES:
-        raise UserError(f"encodes to {len(data)} bytes, more than the limit of {MAX_MEMBER_BYTES}")
-    return data, small
+def _is_there(info: ShardInfo, folder: Path) -> bool:
+    index = (folder / f"{info.name}.index").read_bytes()
+    same = hashlib.sha256(index).hexdigest() == info.index_sha256
+    return same and (folder / f"{info.name}.tar").stat().st_size == info.bytes
+
+
+def encoded(source: Source, item: Item, options: PackOptions) -> tuple[list[bytes], bool]:
+    """The bytes of an item's picture at each resolution, and whether it had to be enlarged for the largest.
+
+    Raises whatever reading it raises.
+    """
+    largest = options.resolutions[-1]
+    with source.open(item, largest) as image:
+        small = min(image.size) < largest
+        whole = square(image, options.channels)
+    versions = []
+    for side in options.resolutions:
+        versions.append(encode(resized(whole, side), options.format, options.quality))
+        if len(versions[-1]) > MAX_MEMBER_BYTES:
+            raise UserError(f"encodes to {len(versions[-1])} bytes, more than the limit of {MAX_MEMBER_BYTES}")
+    return versions, small
 
 
 def pack_shard(
-    task: ShardTask, tick: Tick, *, source: Source, options: PackOptions, items: Path, folder: Path, aside: Path
+    task: ShardTask,
+    tick: Tick,
+    *,
+    source: Source,
+    options: PackOptions,
+    items: Path,
+    folders: tuple[Path, ...],
+    aside: Path,
 ) -> ShardDone:
-    """Makes one shard; `tick` is called once a picture. Pictures that cannot be read are skipped and noted."""
-    writer: ShardWriter | None = None
+    """Makes one shard in each folder; `tick` is called once a picture. Unreadable pictures are skipped and noted."""
+    writers: list[ShardWriter] = []
     skipped: list[tuple[str, str]] = []
     enlarged = 0
     try:
-        writer = ShardWriter(folder, task.name, task.split, aside)
+        for folder, side in zip(folders, options.resolutions, strict=True):
+            writers.append(ShardWriter(folder, task.name, task.split, aside / str(side)))
         for item in read_items(items, task.offsets):
             tick()
             picture = _try(source, item, options)
             if isinstance(picture, str):
                 skipped.append((item.key, picture))
                 continue
-            writer.add(item.key, options.format, picture[0], item.label, item.meta)
+            for writer, data in zip(writers, picture[0], strict=True):
+                writer.add(item.key, options.format, data, item.label, item.meta)
             enlarged += picture[1]
-        info = writer.finish()
-        done = ShardDone(info, tuple(skipped), enlarged)
+        infos = tuple(writer.finish() for writer in writers)
+        done = ShardDone(infos, tuple(skipped), enlarged)
         done.save(aside / f"{task.name}.done")
     except BaseException as error:
-        if writer is not None:
+        for writer in writers:
             writer.abort()
         if isinstance(error, OSError):
-            what = f"{folder / task.name}.tar cannot be written: {error.strerror}"
+            what = f"{folders[0] / task.name}.tar cannot be written: {error.strerror}"
             fix = "make room (or mend the disk) and run the same command again: finished shards are kept"
             raise UserError(what, fix) from None
         raise
     return done
 
 
-def _try(source: Source, item: Item, options: PackOptions) -> tuple[bytes, bool] | str:
+def _try(source: Source, item: Item, options: PackOptions) -> tuple[list[bytes], bool] | str:
     """As `encoded`, or the reason why not. Any exception counts: decoders raise all kinds on damaged files."""
     try:
         return encoded(source, item, options)
@@ -171,7 +226,8 @@ def _try(source: Source, item: Item, options: PackOptions) -> tuple[bytes, bool]
 
 def recorded(options: PackOptions, source: Source, items_sha256: str) -> dict[str, Any]:
     """What is noted of a packing, to be compared when it is continued."""
-    return {"source": source.name, "items_sha256": items_sha256} | asdict(options)
+    note = {"source": source.name, "items_sha256": items_sha256} | asdict(options)
+    return note | {"resolution": options.resolution if isinstance(options.resolution, int) else [*options.resolutions]}
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:

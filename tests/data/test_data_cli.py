@@ -33,7 +33,8 @@ def test_pack_info_verify(tmp_path, capsys):
     run("data pack", raw, tmp_path / "out", *arguments, "--license", "CC0-1.0")
     out = capsys.readouterr().out
     assert "9 samples" in out
-    assert "class0/0000: not a picture of a known format" in out
+    assert "1 x not a picture of a known format" in out
+    assert "for example class0/0000" in out
     assert "9 pictures were smaller than 16 pixels" not in out
     run("data info", tmp_path / "out")
     out = capsys.readouterr().out
@@ -61,6 +62,45 @@ def test_drawn_scenes(tmp_path, capsys):
     assert "2 shards were finished before" in capsys.readouterr().out
     with pytest.raises(UserError, match="is no folder"):  # one command for each kind of source
         run("data pack", "scenes:6", tmp_path / "other", "--resolution", 16)
+
+
+def test_a_pyramid_of_a_recipe(tmp_path, capsys):
+    for number in range(6):
+        draw_folder(tmp_path / "root" / "images1024x1024", 6)
+        (tmp_path / f"root/images1024x1024/{number:04d}.png").rename(
+            tmp_path / f"root/images1024x1024/{59997 + number:05d}.png"
+        )
+    arguments = ("--recipe", "ffhq", "--root", tmp_path / "root", tmp_path / "out", "--resolution", "16,8")
+    with pytest.raises(UserError, match="has 6 of the 70,000 pictures"):
+        run("data pack", *arguments)
+    run("data pack", *arguments, "--partial", "--workers", 1)
+    out = capsys.readouterr().out
+    assert f"{tmp_path}/out/8: 6 samples (train 3, val 3) in 2 shards" in out
+    run("data info", tmp_path / "out")
+    out = capsys.readouterr().out
+    assert "8x8: train 3, val 3 in 2 shards" in out
+    assert "ffhq: 16x16 RGB, jpg" in out
+    run("data verify", tmp_path / "out")
+    assert capsys.readouterr().out.count("6 of 6 samples") == 2
+    tar = tmp_path / "out" / "16" / "shard-000000.tar"
+    tar.write_bytes(tar.read_bytes()[:-700])
+    with pytest.raises(UserError, match="16 is damaged: shard-000000"):
+        run("data verify", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["pictures", "--resolution", "8"], "two places are needed"),
+        (["pictures", "out", "--root", "root", "--resolution", "8"], "two places are needed"),
+        (["pictures", "out", "--resolution", "8x8"], "resolution is '8x8', expected pixels"),
+        (["pictures", "out", "--resolution", "8,"], "resolution is '8,', expected pixels"),
+        (["pictures", "out", "--resolution", "8", "--recipe", "fhq"], "recipe.name is 'fhq'"),
+    ],
+)
+def test_wrong_arguments(arguments, text):
+    with pytest.raises(UserError, match=text):
+        run("data pack", *arguments)
 
 
 def test_a_missing_folder_is_an_error(tmp_path):

@@ -7,10 +7,13 @@ resolutions, which belong to the packer.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Protocol
 
 from PIL import Image
+
+from sivae_dist.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -49,3 +52,35 @@ class Source(Protocol):
         Raises UserError or OSError when the item cannot be read; the packer reports it and goes on.
         """
         ...
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Base of what `sivae-dist data pack --recipe NAME` offers: one class a file of this folder, found by its `name`.
+
+    name:      selects the class.
+    root:      where the data set lies.
+    title:     its name in the manifest; empty for the recipe's own.
+    license:   its licence in the manifest; empty for the recipe's own.
+    labels:    keep classes, where the data set has some.
+    attribute: the one attribute that makes two classes, where pictures have several.
+    partial:   take a published data set although pictures are missing.
+    """
+
+    name: str = ""
+    root: Path = Path()
+    title: str = ""
+    license: str = ""
+    labels: bool = False
+    attribute: str = ""
+    partial: bool = False
+
+    def build(self) -> Source:
+        """The source; looks at the data set. Raises UserError when it is not what was expected."""
+        raise NotImplementedError
+
+    def refuse(self, *options: str) -> None:
+        """Raises UserError when one of these options is given, for recipes that have no use for them."""
+        for option in options:
+            if getattr(self, option) != next(f.default for f in fields(self) if f.name == option):
+                raise UserError(f"--recipe {self.name} has no --{option}", f"drop --{option}")

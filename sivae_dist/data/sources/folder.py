@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 from PIL import Image
 
 from sivae_dist.data.decode import MAX_PIXELS, open_image
-from sivae_dist.data.sources.base import Item
+from sivae_dist.data.sources.base import Item, Recipe
 from sivae_dist.errors import UserError
 
 EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".pnm"})
@@ -42,7 +42,7 @@ class FolderSource:
         self._count: int | None = None
         self.class_names: tuple[str, ...] = ()
         if self.labels:
-            self.class_names = tuple(f for f in _visible(self.root)[0] if _holds_pictures(self.root / f))
+            self.class_names = tuple(f for f in visible(self.root)[0] if _holds_pictures(self.root / f))
             if not self.class_names:
                 raise UserError(f"{self.root} has no sub-folders with pictures to take labels from", "drop --labels")
 
@@ -61,7 +61,7 @@ class FolderSource:
         return open_image(self.root / str(item.meta["file"]), max_pixels=self.max_pixels)
 
     def _walk(self, relative: PurePosixPath) -> Iterator[Item]:
-        folders, files = _visible(self.root / relative)
+        folders, files = visible(self.root / relative)
         pictures = [f for f in files if os.path.splitext(f)[1].lower() in EXTENSIONS]
         keys = [str(relative / os.path.splitext(f)[0]) for f in pictures]
         shared = Counter(keys)  # a.jpg beside a.png
@@ -79,6 +79,18 @@ class FolderSource:
         return self.class_names.index(relative.parts[0])
 
 
+@dataclass(frozen=True)
+class FolderRecipe(Recipe):
+    """Any folder of pictures."""
+
+    name: str = "folder"
+
+    def build(self) -> FolderSource:
+        """Checks that there is such a folder."""
+        self.refuse("attribute", "partial")
+        return FolderSource(self.root, name=self.title, license=self.license or "unknown", labels=self.labels)
+
+
 def safe_key(name: str, path: str, *, unique: bool) -> str:
     """A key from a relative path without extension: itself if plain and unique, else made so by a hash of `path`."""
     plain = "/".join(_NOT_IN_KEYS.sub("_", part) for part in name.split("/"))
@@ -88,7 +100,7 @@ def safe_key(name: str, path: str, *, unique: bool) -> str:
     return f"{plain[: _LONGEST_PLAIN_KEY - 13].rstrip('/')}-{digest}"
 
 
-def _visible(folder: Path) -> tuple[list[str], list[str]]:
+def visible(folder: Path) -> tuple[list[str], list[str]]:
     """Names of the sub-folders and files that are not hidden, sorted."""
     folders, files = [], []
     try:
@@ -106,7 +118,7 @@ def _visible(folder: Path) -> tuple[list[str], list[str]]:
 
 
 def _holds_pictures(folder: Path) -> bool:
-    folders, files = _visible(folder)
+    folders, files = visible(folder)
     return any(os.path.splitext(f)[1].lower() in EXTENSIONS for f in files) or any(
         _holds_pictures(folder / f) for f in folders
     )

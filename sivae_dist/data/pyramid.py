@@ -1,0 +1,42 @@
+"""A pyramid: one data set packed at several resolutions, FOLDER/256, FOLDER/512, ..., with the same samples in each.
+
+Each sub-folder is a shard folder of its own; shard by shard they hold the same keys in the same order, so a position of
+the plan is the same sample at every resolution.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from sivae_dist.data.manifest import FILE_NAME
+from sivae_dist.data.shard_read import load_index, load_manifest
+from sivae_dist.data.store import open_store
+
+
+def levels_of(folder: str | Path) -> tuple[Path, ...]:
+    """The shard folders of a pyramid, the smallest resolution first; empty when the folder is no pyramid."""
+    path = Path(str(folder).removeprefix("file://")).expanduser()
+    if not path.is_dir() or (path / FILE_NAME).is_file():
+        return ()
+    numbered = [p for p in path.iterdir() if p.name.isascii() and p.name.isdecimal() and len(p.name) < 9]
+    return tuple(sorted((p for p in numbered if (p / FILE_NAME).is_file()), key=lambda p: int(p.name)))
+
+
+def disagreements(levels: Sequence[Path]) -> list[str]:
+    """How the levels differ in shards or keys, one line each; empty when they agree. Raises UserError."""
+    first, *others = [(level, load_manifest(open_store(str(level)))) for level in levels]
+    problems = []
+    for level, manifest in others:
+        left, right = ([(s.name, s.split, s.count) for s in m.shards] for m in (first[1], manifest))
+        if left != right:
+            problems.append(f"{level} has other shards than {first[0]}")
+            continue
+        stores = [open_store(str(place)) for place in (first[0], level)]
+        for shards in zip(first[1].shards, manifest.shards, strict=True):
+            indices = [load_index(store, s, first[1].classes) for store, s in zip(stores, shards, strict=True)]
+            if indices[0].keys != indices[1].keys or indices[0].label.tolist() != indices[1].label.tolist():
+                problems.append(f"{level}/{shards[0].name} has other samples than {first[0]}/{shards[0].name}")
+        for store in stores:
+            store.close()
+    return problems
