@@ -37,7 +37,7 @@ class Batch:
 class HostBatch:
     """A batch as the loader yields it: bytes on the host, turned into a Batch on the device.
 
-    data:     (B, C, H, W) uint8, 0..255; or floating point of any shape, passed through unchanged (points)
+    data:     (B, C, H, W) uint8, 0..255, in any layout; or floating point of any shape, passed on unchanged (points)
     position: (B,) int64; may be empty when this rank owns no sample of the global batch
     augment:  random changes that `to` makes to the pictures, or None
     """
@@ -67,11 +67,9 @@ class HostBatch:
             x = self.augment.move(x)
         if not x.is_floating_point():
             low, high = input_range or (0.0, 1.0)
-            x = (
-                x.to(dtype).mul_((high - low) / 255.0).add_(low)
-                if (low, high) != (0.0, 1.0)
-                else x.to(dtype).div_(255.0)
-            )
+            # In one pass to the number format and to the layout of the model: pictures come channels last.
+            x = x.to(dtype, memory_format=memory_format if x.dim() == 4 else torch.preserve_format)
+            x = x.mul_((high - low) / 255.0).add_(low) if (low, high) != (0.0, 1.0) else x.div_(255.0)
         x = x.to(dtype)
         if self.augment is not None:
             x = self.augment.colour(x)

@@ -103,13 +103,20 @@ def decode(data: bytes, *, resolution: int, channels: int, image_format: str) ->
 
     Raises UserError when the bytes are not an undamaged picture of exactly that size and format.
     """
+    pixels = np.empty((resolution, resolution, channels), dtype=np.uint8)
+    decode_into(data, pixels, image_format=image_format)
+    return np.array(pixels.transpose(2, 0, 1), order="C")
+
+
+def decode_into(data: bytes, out: npt.NDArray[np.uint8], *, image_format: str) -> None:
+    """The same into out (resolution, resolution, channels), as decoders make pixels and without another copy."""
+    height, width, channels = out.shape
     try:
         image = open_image(data, formats=(_PILLOW_NAMES[image_format],))
-        if image.size != (resolution, resolution):
-            raise UserError(f"is {image.size[0]}x{image.size[1]} pixels, expected {resolution}x{resolution}")
-        pixels = np.asarray(to_channels(image, channels))
+        if image.size != (width, height):
+            raise UserError(f"is {image.size[0]}x{image.size[1]} pixels, expected {width}x{height}")
+        out[:] = np.asarray(to_channels(image, channels)).reshape(out.shape)
     except (UserError, MemoryError):
         raise
     except Exception as error:  # on damaged files Pillow raises OSError, SyntaxError, ValueError, struct.error, ...
         raise UserError(f"cannot be decoded: {error}") from None
-    return np.array(pixels.transpose(2, 0, 1) if pixels.ndim == 3 else pixels[None], order="C")

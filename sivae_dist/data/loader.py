@@ -7,16 +7,18 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
+from sivae_dist.data import jpeg
 from sivae_dist.data.augment import Augmentation, Fill
 from sivae_dist.data.base import DataConfig, HostBatch
-from sivae_dist.data.manifest import Manifest, ShardInfo
+from sivae_dist.data.jpeg import DecoderName
+from sivae_dist.data.pictures import Failure, Pictures, Settings, SharedBatch
 from sivae_dist.data.plan import Plan
 from sivae_dist.data.procs import die_with_parent
-from sivae_dist.data.shard_read import Sample, ShardReader, load_manifest
+from sivae_dist.data.shard_read import load_manifest
+from sivae_dist.data.slots import Slots
 from sivae_dist.data.store import open_store
 from sivae_dist.errors import UserError
 
@@ -40,6 +42,9 @@ class ShardsConfig(DataConfig):
     """Decoding processes per rank; 0 decodes in the training process."""
     prefetch: int = 4
     """Batches that each of them keeps ready."""
+    decoder: DecoderName = "auto"
+    """What decodes JPEGs: pillow, or simplejpeg, which is faster and an extra package (jpeg). Their pixels are the same
+    bit for bit, which is checked at the start; auto takes simplejpeg where it is installed and passes the check."""
     mirror: bool = True
     """Flip half of the pictures left-right. This and what follows is drawn anew each time a picture is served; held-out
     pictures stay as they are."""
@@ -56,70 +61,6 @@ class ShardsConfig(DataConfig):
     def build(self, *, seed: int, salt: int, rank: int, ranks: int) -> ShardStream:
         """Reads the manifest only. Raises UserError for a folder or settings that cannot be used."""
         return ShardStream(self, seed=seed, salt=salt, rank=rank, ranks=ranks)
-
-
-@dataclass
-class _Failure:
-    """A UserError on its way from a worker: the DataLoader would bury its text in a traceback."""
-
-    what: str
-    fix: str
-
-
-@dataclass(frozen=True)
-class _Settings:
-    """What a worker needs to turn positions into pictures; small, and the same for all workers."""
-
-    url: str
-    manifest: Manifest
-    shards: tuple[ShardInfo, ...]
-    plan: Plan | None  # None: positions are sample numbers in shard order
-    augmentation: Augmentation | None
-
-
-class _Pictures(Dataset[HostBatch]):
-    """Decodes lists of positions, whole batches at once. Opens files lazily, in the process that uses them."""
-
-    def __init__(self, settings: _Settings) -> None:
-        self.settings = settings
-        self._reader: ShardReader | None = None
-        self._ends = np.cumsum([s.count for s in settings.shards])
-
-    def __getitems__(self, positions: list[int]) -> HostBatch | _Failure:
-        try:
-            return self._batch(np.asarray(positions, dtype=np.int64))
-        except UserError as error:
-            return _Failure(error.what, error.fix)
-
-    def _batch(self, positions: np.ndarray) -> HostBatch:
-        s = self.settings
-        if s.plan is not None:
-            shard, number = s.plan.locate(positions)
-        else:
-            shard = np.searchsorted(self._ends, positions, side="right")
-            number = positions - (self._ends - [i.count for i in s.shards])[shard]
-        samples = self._read(shard, number)
-        c, r = s.manifest.channels, s.manifest.resolution
-        data = torch.empty(len(samples), c, r, r, dtype=torch.uint8)
-        for row, sample in zip(data, samples, strict=True):
-            row.copy_(torch.from_numpy(sample.image))
-        label = torch.tensor([x.label or 0 for x in samples], dtype=torch.int64) if s.manifest.classes else None
-        drawn = None if s.augmentation is None else s.augmentation.draw(positions)
-        return HostBatch(data, torch.from_numpy(positions), label, drawn)
-
-    def _read(self, shard: np.ndarray, number: np.ndarray) -> list[Sample]:
-        """Samples in the order asked for, but read shard by shard and forwards, which disks and caches like."""
-        if self._reader is None:
-            s = self.settings
-            self._reader = ShardReader(open_store(s.url), s.manifest, s.shards)
-        found: dict[int, Sample] = {}
-        for place in np.lexsort((number, shard)).tolist():
-            found[place] = self._reader.read(int(shard[place]), int(number[place]))
-        return [found[place] for place in range(len(found))]
-
-    def close(self) -> None:
-        if self._reader is not None:
-            self._reader.store.close()
 
 
 class _Positions:
@@ -147,7 +88,7 @@ def _start_worker(_: int) -> None:
 class _Batches(Iterator[HostBatch]):
     """Iterates a DataLoader and speaks plainly when it fails. `close` ends its workers."""
 
-    def __init__(self, pictures: _Pictures, positions: Iterable[list[int]], config: ShardsConfig, workers: int) -> None:
+    def __init__(self, pictures: Pictures, positions: Iterable[list[int]], config: ShardsConfig, workers: int) -> None:
         loader = DataLoader(
             pictures,
             batch_sampler=positions,
@@ -160,7 +101,7 @@ class _Batches(Iterator[HostBatch]):
             pin_memory=torch.cuda.is_available(),
         )
         self._pictures, self._config = pictures, config
-        self._iterator: Iterator[HostBatch | _Failure] | None = iter(loader)
+        self._iterator: Iterator[HostBatch | SharedBatch | Failure] | None = iter(loader)
 
     def __next__(self) -> HostBatch:
         if self._iterator is None:
@@ -170,10 +111,10 @@ class _Batches(Iterator[HostBatch]):
         except (RuntimeError, ConnectionError, EOFError) as error:
             self.close()
             raise self._plain(error) from error
-        if isinstance(batch, _Failure):
+        if isinstance(batch, Failure):
             self.close()
             raise UserError(batch.what, batch.fix)
-        return batch
+        return batch.unpack() if isinstance(batch, SharedBatch) else batch
 
     def close(self) -> None:
         self._iterator = None  # the DataLoader's iterator ends its workers when it is dropped
@@ -213,9 +154,11 @@ class ShardStream:
         self.epoch_size, self.classes, self.fingerprint = self.plan.epoch_size, m.classes, m.fingerprint
         augmentation = Augmentation(seed, config.mirror, config.shift_px, config.shift_fill, config.hue)
         augmentation.check(m.channels, m.resolution)
-        self._train = _Settings(config.url, m, shards, self.plan, augmentation)
+        self.decoder = jpeg.choose(config.decoder, m.image_format)
+        turbo = self.decoder == "simplejpeg"
+        self._train = Settings(config.url, m, shards, self.plan, augmentation, turbo)
         self.held_out_split = config.held_out_split if m.of(config.held_out_split) else config.split
-        self._held_out = _Settings(config.url, m, m.of(self.held_out_split), None, None)
+        self._held_out = Settings(config.url, m, m.of(self.held_out_split), None, None, turbo)
         self._running: weakref.WeakSet[_Batches] = weakref.WeakSet()
 
     def batches(self, start: int, size: int | Callable[[int], int]) -> Iterator[HostBatch]:
@@ -226,7 +169,17 @@ class ShardStream:
         if start < 0 or (isinstance(size, int) and size < 1):
             raise ValueError(f"batches from position {start} of size {size}")
         positions = _Positions(self.plan, start, size, self.rank, self.ranks)
-        return self._start(_Batches(_Pictures(self._train), positions, self.config, self.config.workers))
+        pictures = Pictures(self._train, self._slots(start, size if isinstance(size, int) else size(start)))
+        return self._start(_Batches(pictures, positions, self.config, self.config.workers))
+
+    def _slots(self, start: int, size: int) -> Slots | None:
+        """Shared memory for this rank's part of batches of `size` and a little more, as parts differ in size."""
+        if not self.config.workers:
+            return None
+        parts = [len(self.plan.owned(start + i * size, size, self.rank, self.ranks)) for i in range(8)]
+        count = max(parts) + (self.ranks > 1)
+        # All that a worker may prepare, the batch in hand and the one before it.
+        return Slots(self.config.workers, self.config.prefetch + 2, count * self._train.sample_bytes())
 
     def held_out(self, limit: int, batch: int = 32) -> list[HostBatch]:
         """Every ranks-th of the first `limit` samples of `held_out_split`; position is the number in shard order."""
@@ -236,7 +189,7 @@ class ShardStream:
         if not parts:
             return []
         workers = min(self.config.workers, len(parts)) if len(parts) > 1 else 0
-        running = self._start(_Batches(_Pictures(self._held_out), parts, self.config, workers))
+        running = self._start(_Batches(Pictures(self._held_out), parts, self.config, workers))
         try:
             return list(running)
         finally:

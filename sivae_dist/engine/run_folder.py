@@ -13,7 +13,7 @@ from pathlib import Path
 from sivae_dist import __version__
 from sivae_dist.errors import UserError
 
-PACKAGES = ("torch", "accelerate", "deepspeed", "webdataset", "numpy", "tensorboard", "safetensors", "pillow")
+PACKAGES = ("torch", "accelerate", "deepspeed", "webdataset", "numpy", "tensorboard", "safetensors", "pillow", "simplejpeg")
 
 
 class RunFolder:

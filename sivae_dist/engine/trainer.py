@@ -249,7 +249,7 @@ class Trainer:
             write_atomic(self.folder.config, to_yaml(self.config))
             facts: dict[str, object] = {"launch": self.launch.describe(), "started_at_nimg": self.nimg}
             facts |= {"data": self.stream.fingerprint, "evaluated_on": self.stream.held_out_split}
-            facts["kernels"] = self.kernels
+            facts["kernels"], facts["decoder"] = self.kernels, getattr(self.stream, "decoder", None)
             write_json(self.folder.manifest, {**environment(), **facts})
 
     def _report(self, rates: dict[str, float], size: int) -> None:
