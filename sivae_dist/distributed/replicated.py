@@ -8,62 +8,23 @@ of gradients of (local per-sample sums / global batch), so ranks may hold differ
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from sivae_dist.distributed.group import Group
+from sivae_dist.distributed.launch import DistributedConfig
+from sivae_dist.distributed.strategy import Gradient, Strategy
 
 BUCKET_BYTES = 64 << 20  # few large collectives; one bucket for most networks here
 
 
-@dataclass(frozen=True)
-class Gradient:
-    """What is known of a player's gradient once it is summed over ranks; scalar tensors, nothing read back.
+class Replicated(Strategy):
+    """Both players whole on every rank."""
 
-    norm:  its norm before clipping, the same on all ranks. Non-finite exactly if some entry is, on any rank (or the
-           norm overflows), so all ranks take the same decision from it.
-    local: the norm (up to the order of sums) of this rank's part alone: tells which rank a non-finite entry is from.
-    """
+    name = "ddp"
 
-    norm: Tensor
-    local: Tensor
-
-
-class Replicated:
-    """Both players whole on every rank. `players` and `optimizers` share their keys."""
-
-    def __init__(
-        self,
-        players: dict[str, nn.Module],
-        optimizers: dict[str, Optimizer],
-        group: Group | None = None,
-        *,
-        clip_norm: float | None = None,
-    ) -> None:
-        self.players, self.optimizers, self.group = players, optimizers, group or Group()
-        self.clip_norm = clip_norm
-        self.bytes_reduced = 0  # gradient bytes handed to all-reduce since the start
-        self.collectives = 0  # number of gradient collectives since the start
-        for player in players.values():
-            self.group.broadcast_(player)
-
-    def train_only(self, names: Iterable[str]) -> None:
-        """Freezes every player but `names`, and clears the gradients of those.
-
-        A frozen player still passes gradients through; it only computes none for its own weights.
-        """
-        chosen = set(names)
-        for name, player in self.players.items():
-            for parameter in player.parameters():
-                parameter.requires_grad_(name in chosen)
-        for name in chosen:
-            self.optimizers[name].zero_grad(set_to_none=True)
-
-    def backward(self, loss: Tensor) -> None:
+    def backward(self, loss: Tensor, *, last: bool = True) -> None:
         """Accumulates gradients of a scalar."""
         loss.backward()  # type: ignore[no-untyped-call]
 
@@ -77,8 +38,7 @@ class Replicated:
                 flat = torch.cat([gradient.reshape(-1) for gradient in bucket])
                 parts.append(torch.linalg.vector_norm(flat))
                 self.group.sum_(flat)
-                self.bytes_reduced += flat.numel() * flat.element_size()
-                self.collectives += 1
+                self.traffic.add(flat.nbytes)
                 offset = 0
                 for gradient in bucket:
                     gradient.copy_(flat[offset : offset + gradient.numel()].view_as(gradient))
@@ -87,8 +47,7 @@ class Replicated:
         if scale != 1.0:
             torch._foreach_mul_(gradients, 1.0 / scale)
         norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
-        if self.clip_norm is not None:
-            torch._foreach_mul_(gradients, torch.clamp(self.clip_norm / (norm + 1e-6), max=1.0))
+        self._clip(gradients, norm)
         return Gradient(norm, torch.linalg.vector_norm(torch.stack(parts)) if parts else norm)
 
     def _fill(self, parameters: list[nn.Parameter]) -> None:
@@ -105,10 +64,6 @@ class Replicated:
             if parameter.grad is None and ranks > 0:
                 parameter.grad = torch.zeros_like(parameter)
 
-    def step(self, name: str) -> None:
-        """One optimizer step of a player."""
-        self.optimizers[name].step()
-
 
 def _buckets(gradients: list[Tensor]) -> list[list[Tensor]]:
     """Consecutive gradients of one dtype, up to BUCKET_BYTES each (a larger tensor is a bucket of its own)."""
@@ -122,3 +77,15 @@ def _buckets(gradients: list[Tensor]) -> list[list[Tensor]]:
         buckets[-1].append(gradient)
         size += nbytes
     return buckets
+
+
+def build(
+    config: DistributedConfig,
+    players: dict[str, nn.Module],
+    optimizers: dict[str, Optimizer],
+    group: Group,
+    *,
+    clip_norm: float | None = None,
+) -> Replicated:
+    """The strategy as configured."""
+    return Replicated(players, optimizers, group, clip_norm=clip_norm)

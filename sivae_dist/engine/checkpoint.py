@@ -29,6 +29,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from sivae_dist.distributed.replicated import Replicated
+from sivae_dist.distributed.sharding import host_copies, put
+from sivae_dist.distributed.strategy import Strategy
 from sivae_dist.engine.run_folder import write_atomic
 from sivae_dist.errors import UserError
 
@@ -54,44 +57,56 @@ def snapshot(
     nimg: int,
     model: nn.Module,
     ema: nn.Module,
-    optimizers: dict[str, Optimizer],
+    optimizers: Strategy | dict[str, Optimizer],
     state: dict[str, Any],
+    *,
+    keep: bool = True,
 ) -> Snapshot:
-    """Copies the training state to host memory, so that training may go on while it is written."""
+    """Copies the training state to host memory, so that training may go on while it is written.
+
+    optimizers: the strategy that holds them; plain ones by player, where there is none.
+    keep: whether this rank wants the tensors. Collective if the strategy spreads them over ranks.
+    """
+    strategy = _strategy(model, optimizers)
     optimizer = {
         f"{player}/{name}/{key}": value
-        for player, player_optimizer in optimizers.items()
-        for name, parameter in _named(model, player, player_optimizer).items()
-        for key, value in player_optimizer.state.get(parameter, {}).items()
-        if isinstance(value, Tensor)
+        for player in strategy.players
+        for name, states in strategy.optimizer_state(player).items()
+        for key, value in states.items()
     }
     tensors = {"weights": model.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer}
-    copies = {stem: {name: _host_copy(tensor) for name, tensor in group.items()} for stem, group in tensors.items()}
-    return Snapshot(nimg, copies, state)
+    return Snapshot(nimg, {stem: host_copies(group, keep=keep) for stem, group in tensors.items()}, state)
 
 
-def restore(saved: Snapshot, model: nn.Module, ema: nn.Module, optimizers: dict[str, Optimizer]) -> None:
+def restore(saved: Snapshot, model: nn.Module, ema: nn.Module, optimizers: Strategy | dict[str, Optimizer]) -> None:
     """Puts a snapshot back into live objects. Raises UserError when it belongs to another architecture."""
+    strategy = _strategy(model, optimizers)
     load_weights(model, saved.tensors["weights"], "the checkpoint")
     load_weights(ema, saved.tensors["ema"], "the checkpoint's average")
-    for player, optimizer in optimizers.items():
-        for name, parameter in _named(model, player, optimizer).items():
-            prefix = f"{player}/{name}/"
-            stored = {k.removeprefix(prefix): v for k, v in saved.tensors["optimizer"].items() if k.startswith(prefix)}
-            if not stored:  # it was never stepped
-                optimizer.state.pop(parameter, None)
+    strategy.weights_changed()
+    stored: dict[str, dict[str, dict[str, Tensor]]] = {player: {} for player in strategy.players}
+    for full_name, tensor in saved.tensors["optimizer"].items():
+        player, _, rest = full_name.partition("/")
+        name, _, key = rest.rpartition("/")
+        stored.setdefault(player, {}).setdefault(name, {})[key] = tensor
+    for player, optimizer in strategy.optimizers.items():
+        for name, parameter in strategy.parameters(player).items():
+            states = stored[player].get(name)
+            if states is None:  # it was never stepped
                 continue
             expected = dict.fromkeys(_moments(optimizer), parameter.shape) | {"step": torch.Size()}
-            if {key: value.shape for key, value in stored.items()} != expected:
-                got = ", ".join(f"{key} {tuple(value.shape)}" for key, value in stored.items())[:200]
+            if {key: value.shape for key, value in states.items()} != expected:
+                got = ", ".join(f"{key} {tuple(value.shape)}" for key, value in states.items())[:200]
                 raise UserError(
-                    f"the checkpoint's optimizer state of {prefix[:-1]} does not fit: {got}", _RESTORE_ADVICE
+                    f"the checkpoint's optimizer state of {player}/{name} does not fit: {got}", _RESTORE_ADVICE
                 )
-            optimizer.state[parameter] = {
-                # Moments lie in memory as their parameter does; the step count stays on the host, where Adam keeps it.
-                key: torch.empty_like(parameter).copy_(value) if key in MOMENTS else value.float()
-                for key, value in stored.items()
-            }
+        strategy.load_optimizer_state(player, stored[player])
+
+
+def _strategy(model: nn.Module, optimizers: Strategy | dict[str, Optimizer]) -> Strategy:
+    if isinstance(optimizers, Strategy):
+        return optimizers
+    return Replicated({player: getattr(model, player) for player in optimizers}, optimizers)
 
 
 def _moments(optimizer: Optimizer) -> tuple[str, ...]:
@@ -118,7 +133,7 @@ def load_weights(module: nn.Module, tensors: dict[str, Tensor], what: str) -> No
         )
     with torch.no_grad():
         for name, tensor in own.items():
-            tensor.copy_(tensors[name])
+            put(tensor, tensors[name])
 
 
 def write(folder: Path, saved: Snapshot) -> Path:
@@ -240,16 +255,6 @@ def latest(folder: Path) -> Path | None:
             return folder / name
     found = complete(folder)
     return found[-1] if found else None
-
-
-def _named(model: nn.Module, player: str, optimizer: Optimizer) -> dict[str, nn.Parameter]:
-    """Names (within the player) of the parameters an optimizer holds."""
-    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    return {n: p for n, p in getattr(model, player).named_parameters() if id(p) in held}
-
-
-def _host_copy(tensor: Tensor) -> Tensor:
-    return tensor.detach().to("cpu", copy=True).contiguous()
 
 
 def _sha256(path: Path) -> str:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from sivae_dist.distributed.sharding import local
 from sivae_dist.errors import UserError
 from sivae_dist.models import Autoencoder
 
@@ -54,10 +56,15 @@ class Ema:
         beta = self.config.beta(nimg, batch)
         averages: list[Tensor] = []
         currents: list[Tensor] = []
-        for average, current in zip(self.model.state_dict().values(), model.state_dict().values(), strict=True):
+        for average, current in self._pairs(model):
             if average.is_floating_point():
                 averages.append(average)
                 currents.append(current)
             else:
                 average.copy_(current)
         torch._foreach_lerp_(averages, currents, 1.0 - beta)
+
+    def _pairs(self, model: Autoencoder) -> Iterator[tuple[Tensor, Tensor]]:
+        """Average and current value of everything in the state dicts; of sharded parameters, what this rank holds."""
+        for average, current in zip(self.model.state_dict().values(), model.state_dict().values(), strict=True):
+            yield local(average), local(current)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sivae_dist.distributed.group import Group
-from sivae_dist.distributed.replicated import Gradient
+from sivae_dist.distributed.strategy import Gradient
 
 
 @dataclass

@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from torch.optim import Optimizer
-
 from sivae_dist.data import Batch
+from sivae_dist.distributed.strategy import Strategy
 from sivae_dist.engine.progressive import GrowthConfig, Stage, blended, resized
 from sivae_dist.errors import UserError
 from sivae_dist.models import Autoencoder
@@ -24,12 +23,12 @@ class Growing:
         self,
         config: GrowthConfig,
         models: tuple[Autoencoder, ...],
-        optimizers: dict[str, Optimizer],
+        strategy: Strategy,
         objective: Objective,
         *,
         batch: int,
     ) -> None:
-        self.config, self.models, self.optimizers, self.batch = config, models, optimizers, batch
+        self.config, self.models, self.strategy, self.batch = config, models, strategy, batch
         self.strength = objective.strength
         self.level: int | None = None  # of the last iteration; None before the first
         if config.enabled and models[0].levels == 1:
@@ -55,8 +54,7 @@ class Growing:
         for model in self.models:
             model.set_level(stage.level, stage.blend)
         if self.level is not None and stage.level != self.level:
-            for optimizer in self.optimizers.values():
-                optimizer.state.clear()
+            self.strategy.forget()
         self.level = stage.level
         if self.strength is not None and self.strength.name == "beta_neg":
             self.strength.value = stage.beta_neg

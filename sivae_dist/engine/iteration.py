@@ -20,7 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from sivae_dist import counters
 from sivae_dist.data import Batch
-from sivae_dist.distributed.replicated import Replicated
+from sivae_dist.distributed.strategy import Strategy
 from sivae_dist.engine.draws import PositionDraws
 from sivae_dist.engine.finite import Buffers, Skip, examine
 from sivae_dist.engine.loss_scale import LossScales
@@ -62,7 +62,7 @@ class Iteration:
         self,
         model: Autoencoder,
         objective: Objective,
-        strategy: Replicated,
+        strategy: Strategy,
         *,
         seed: int = 0,
         accumulation: int = 1,
@@ -100,10 +100,11 @@ class Iteration:
             self.buffers.save()
             tally, scale = Tally(), self.scales.of(phase.trains)
             with statistics_only_of(self.model, phase.statistics):
-                for micro, carry in zip(micro_batches, carries, strict=True):
+                for number, (micro, carry) in enumerate(zip(micro_batches, carries, strict=True), start=1):
                     draws = drawing or self._drawing(micro, nimg)
                     terms = self._terms(phase, micro, carry, noise, draws, tally)
-                    self.strategy.backward(terms.loss.sum() / global_batch * scale)
+                    last = number == len(micro_batches)
+                    self.strategy.backward(terms.loss.sum() / global_batch * scale, last=last)
                     carry.update(terms.carry)
                     tally.add(terms)
             gradients = {player: self.strategy.reduce(player, scale=scale) for player in phase.trains}
@@ -119,6 +120,7 @@ class Iteration:
             report.sums |= {(phase.name, term): total for term, total in tally.sums.items()}
             report.grad_norm |= {player: gradient.norm for player, gradient in gradients.items()}
             add_shares(report.shares, tally.shares(global_batch, len(micro_batches)))
+        self.strategy.traffic.steps += 1
         return report
 
     def _terms(

@@ -7,8 +7,6 @@ import time
 from types import FrameType
 from typing import Any
 
-from sivae_dist.distributed.group import Group
-
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
@@ -18,8 +16,7 @@ class StopSignals:
     A second SIGINT interrupts at once, as usual. minutes: ask by itself after so long; 0 never does.
     """
 
-    def __init__(self, group: Group, minutes: float = 0.0) -> None:
-        self.group = group
+    def __init__(self, minutes: float = 0.0) -> None:
         self.asked = False
         self._deadline = time.monotonic() + 60 * minutes if minutes > 0 else None
         self._before: dict[signal.Signals, Any] = {}
@@ -38,8 +35,8 @@ class StopSignals:
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    def agreed(self) -> bool:
-        """Whether any rank was asked to stop: the same answer on all ranks. Collective."""
+    def asked_by_now(self) -> bool:
+        """Whether this rank was asked to stop. Ranks agree on it once an iteration, in the trainer."""
         if self._deadline is not None and time.monotonic() >= self._deadline:
             self.asked = True
-        return self.group.any(self.asked)
+        return self.asked

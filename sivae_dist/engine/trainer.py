@@ -15,8 +15,9 @@ from torch import Tensor
 from sivae_dist.config import RunConfig, to_dict, to_yaml
 from sivae_dist.data import HostBatch, Stream
 from sivae_dist.distributed import launch as launching
+from sivae_dist.distributed import strategies
 from sivae_dist.distributed.failure import announced
-from sivae_dist.distributed.replicated import Replicated
+from sivae_dist.distributed.sharding import whole_model
 from sivae_dist.distributed.sync_batch_norm import synchronise_batch_norm
 from sivae_dist.engine import agreement, checkpoint, resume
 from sivae_dist.engine.checkpoint import Snapshot
@@ -96,8 +97,12 @@ class Trainer:
         self.sample_shape = self.model.sample_shape  # at its finest level
         players = {"encoder": self.model.encoder, "decoder": self.model.decoder}
         self.optimizers = config.optim.build(players)
-        strategy = Replicated(players, self.optimizers, self.group, clip_norm=config.optim.clip_norm)
-        self.ema = Ema(config.ema, self.model)
+        self.ema = Ema(config.ema, self.model)  # of the model that is still whole
+        self.strategy = strategies.build(
+            config.distributed, players, self.optimizers, self.group, clip_norm=config.optim.clip_norm
+        )
+        self.strategy.follow(self.ema.model, self.model)
+        self.optimizers = self.strategy.optimizers
         self.meters = Meters(self.group, self.device)
         self.clock = Clock()
         self.guard = Guard(config.guard, self.group)
@@ -106,11 +111,11 @@ class Trainer:
         objective = build_objective(config, self.model)
         self.controller = Controller(config.controller, objective, Meters(self.group, self.device))
         models = (self.model, self.ema.model)
-        self.growing = Growing(config.progressive, models, self.optimizers, objective, batch=config.train.batch)
+        self.growing = Growing(config.progressive, models, self.strategy, objective, batch=config.train.batch)
         self.iteration = Iteration(
             self.model,
             objective,
-            strategy,
+            self.strategy,
             seed=config.train.seed,
             accumulation=config.train.accumulation,
             precision=precision,
@@ -155,7 +160,7 @@ class Trainer:
         return self.config.data.build(seed=seed, salt=self.salt, rank=group.rank, ranks=group.ranks)
 
     def _restore(self, saved: Snapshot) -> None:
-        checkpoint.restore(saved, self.model, self.ema.model, self.optimizers)
+        checkpoint.restore(saved, self.model, self.ema.model, self.strategy)
         self.nimg = self.saved_nimg = saved.nimg
         self.meters.load(saved.state["sums"])
         self.clock.load(saved.state.get("clock", {}), saved.nimg)
@@ -177,12 +182,17 @@ class Trainer:
             if config.eval.at_start:
                 self._evaluate()
         batches = self.stream.batches(self.nimg, growing.size)
-        stopped = save_due = False
+        ran = save_due = False  # ran: an iteration has ended since the start or the last rollback
+        results: dict[str, float] = {}
         try:
-            with StopSignals(self.group, config.train.minutes) as stop:
-                while self.nimg < total and not stopped:
+            with StopSignals(config.train.minutes) as stop:
+                while self.nimg < total:
                     self.clock.begin()
-                    host_batch = self._next(batches)
+                    host_batch = self._next(batches, may_stop=stop if ran else None)
+                    if host_batch is None:
+                        if self.nimg != self.saved_nimg:
+                            self._save(results)
+                        break
                     self.clock.data_arrived()
                     growing.enter(self.nimg)
                     batch = host_batch.to(self.device, self.model.input_range, memory_format=self.layout)
@@ -192,7 +202,7 @@ class Trainer:
                     report = self.iteration(batch, nimg=self.nimg, global_batch=size)
                     self.nimg += size
                     if not self.guard.passed(report.skip, self.nimg):
-                        batches = self._roll_back()
+                        batches, ran = self._roll_back(), False
                         continue
                     self.ema.update(self.model, self.nimg, size)
                     self.meters.add(report, size)
@@ -201,9 +211,7 @@ class Trainer:
                     self.writer.raise_failure()
                     self.progress.advance(size)
 
-                    stopped = stop.agreed()
-                    finished = self.nimg >= total
-                    results: dict[str, float] = {}
+                    finished, ran, results = self.nimg >= total, True, {}
                     if due(self.nimg, size, config.tracking.every_kimg) or finished:
                         self._report(rates, size)
                         self.progress.show(self.newest)
@@ -212,7 +220,7 @@ class Trainer:
                     if due(self.nimg, size, config.tracking.images_every_kimg) or finished:
                         self._draw()
                     save_due |= due(self.nimg, size, config.checkpoint.every_kimg)
-                    if (save_due and self.guard.calm) or finished or stopped:
+                    if (save_due and self.guard.calm) or finished:
                         self._save(results)
                         save_due = False
         finally:
@@ -223,17 +231,24 @@ class Trainer:
         self._conclude(finished=self.nimg >= total)
         return self.nimg >= total
 
-    def _next(self, batches: Iterator[HostBatch]) -> HostBatch:
-        """The next batch. Where the data fail for a rank, all save together what was trained since the last checkpoint.
+    def _next(self, batches: Iterator[HostBatch], may_stop: StopSignals | None) -> HostBatch | None:
+        """The next batch; None if the run should stop here, asked on any rank. Collective, with one answer for both.
 
-        Collective. The error is raised on the rank that has it, and one without a text on the others.
+        Where the data fail for a rank, all save together what was trained since the last checkpoint; the error is then
+        raised on the rank that has it, and one without a text on the others.
         """
         failed: Exception | None = None
+        asked = may_stop is not None and may_stop.asked_by_now()
+        if asked and self.group.ranks == 1:
+            return None  # without waiting for data that nobody needs
         try:
             host_batch = next(batches)
         except Exception as error:
             failed = error
-        if not self.group.any(failed is not None):
+        any_failed, any_asked = self.group.any(failed is not None, asked)
+        if any_asked:
+            return None  # data that fail now fail again after a resume
+        if not any_failed:
             return host_batch
         if self.nimg != self.saved_nimg:
             self._save({})
@@ -258,13 +273,14 @@ class Trainer:
         values |= self.clock.read() | self.clock.totals() | memory(self.device)
         values |= self.guard.counts() | self.scales.values() | self.controller.values()
         values |= self.growing.values(self.nimg - size)
+        values |= self.strategy.traffic.take() if self.group.ranks > 1 else {}
         values["data/epoch"] = self.nimg / self.stream.epoch_size
         self.tracker.scalars(self.nimg, values)
         self.newest |= values
 
     def _evaluate(self) -> dict[str, float]:
         """Metrics of the averaged model on held-out data (or training data, if the data have no such split)."""
-        results = self.evaluator.metrics(self.ema.model)
+        results = self.evaluator.metrics(whole_model(self.ema.model))
         log.info("evaluation at %d images: %s", self.nimg, results)
         self.tracker.scalars(self.nimg, results | self.clock.totals())
         self.newest |= results
@@ -272,9 +288,12 @@ class Trainer:
 
     def _draw(self) -> None:
         """Picture grids into TensorBoard and the run's samples folder."""
+        average = whole_model(self.ema.model)
+        # Only the average can be copied where players are sharded; the trained model is where there is nothing to copy.
+        current = self.model if average is self.ema.model else whole_model(average, self.model.state_dict())
         if not self.group.is_main:
             return
-        pictures = self.evaluator.pictures(self.model, self.ema.model, self.config.tracking.images)
+        pictures = self.evaluator.pictures(current, average, self.config.tracking.images)
         save_png(self.folder.samples / f"nimg-{self.nimg:09d}.png", pictures.pop("grid"))
         for tag, picture in pictures.items():
             self.tracker.image(self.nimg, tag, picture)
@@ -287,10 +306,9 @@ class Trainer:
         self.controller.meters.settle()
         if self.guard.calm:
             self.good = self.folder.checkpoints / checkpoint.name_of(self.nimg)
-        if not self.group.is_main:
-            return
-        log.info("checkpoint at %d images", self.nimg)
-        self.tracker.sync()
+        if self.group.is_main:
+            log.info("checkpoint at %d images", self.nimg)
+            self.tracker.sync()
         state = {
             "plan_salt": self.salt,
             "sums": self.meters.state(),
@@ -303,7 +321,10 @@ class Trainer:
             "data": self.stream.fingerprint,
             "config": to_dict(self.config),
         }
-        self.writer.save(checkpoint.snapshot(self.nimg, self.model, self.ema.model, self.optimizers, state))
+        models = (self.model, self.ema.model)
+        saved = checkpoint.snapshot(self.nimg, *models, self.strategy, state, keep=self.group.is_main)
+        if self.group.is_main:
+            self.writer.save(saved)
 
     def _roll_back(self) -> Iterator[HostBatch]:
         """To the last good checkpoint, or the beginning; from there on with other data order and noise."""

@@ -43,8 +43,9 @@ class Grown:
         self.ema = Ema(from_dict({}, "test").ema, self.model)
         objective = SoftIntroVaeConfig(beta_neg=4.0, decoder_z="reencode", draws="fresh").build(self.model.sample_shape)
         models = (self.model, self.ema.model)
-        self.growing = Growing(GROWTH, models, self.optimizers, objective, batch=4)
-        self.iteration = Iteration(self.model, objective, Replicated(players, self.optimizers))
+        strategy = Replicated(players, self.optimizers)
+        self.growing = Growing(GROWTH, models, strategy, objective, batch=4)
+        self.iteration = Iteration(self.model, objective, strategy)
 
     def through(self, level: int) -> int:
         """An iteration within the level's fade and one after it; bytes alive afterwards."""

@@ -1,0 +1,30 @@
+"""Which strategy a run trains with. One file a strategy; a new one is one more line here."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+
+from torch import nn
+from torch.optim import Optimizer
+
+from sivae_dist.distributed.group import Group
+from sivae_dist.distributed.launch import DistributedConfig
+from sivae_dist.distributed.strategy import Strategy
+
+# Name in the configuration -> module and its function `build`, imported when chosen: some need optional libraries.
+STRATEGIES = {"ddp": "sivae_dist.distributed.replicated"}
+
+
+def build(
+    config: DistributedConfig,
+    players: dict[str, nn.Module],
+    optimizers: dict[str, Optimizer],
+    group: Group,
+    *,
+    clip_norm: float | None = None,
+) -> Strategy:
+    """The strategy of a run, holding players (on their device, rank 0's weights) and optimizers. Collective."""
+    module = importlib.import_module(STRATEGIES["ddp" if config.strategy == "auto" else config.strategy])
+    make: Callable[..., Strategy] = module.build
+    return make(config, players, optimizers, group, clip_norm=clip_norm)
