@@ -19,7 +19,7 @@ from sivae_dist.data.plan import Plan
 from sivae_dist.data.procs import die_with_parent
 from sivae_dist.data.shard_read import load_manifest
 from sivae_dist.data.slots import Slots
-from sivae_dist.data.store import open_store
+from sivae_dist.data.store import Access, open_store
 from sivae_dist.errors import UserError
 
 
@@ -29,7 +29,8 @@ class ShardsConfig(DataConfig):
 
     name: str = "shards"
     url: str = ""
-    """The folder that `sivae-dist data pack` made."""
+    """The folder that `sivae-dist data pack` made, a path or an address (http, https, s3, gs); its manifest; or a brace
+    pattern of folders or shards. Secrets stand in it as ${NAME}, the name of an environment variable."""
     split: str = "train"
     """What is trained on."""
     held_out_split: str = "val"
@@ -57,6 +58,27 @@ class ShardsConfig(DataConfig):
     timeout_s: int = 300
     """A batch that takes longer than this is an error instead of a hang. Less than distributed.timeout_s, within which
     the other ranks wait for it: so all can save before they end."""
+    cache_dir: str = ""
+    """Where blocks of remote shards are kept, shared by all processes of a machine; empty: the user's cache folder."""
+    cache_gb: float = 16.0
+    """Size of that cache; 0 reads every picture from the server."""
+    retries: int = 6
+    """Attempts in a row that may fail before remote data are given up."""
+    connect_timeout_s: float = 10.0
+    """How long a server may take to accept a connection."""
+    read_timeout_s: float = 60.0
+    """How long a server may be silent."""
+
+    def access(self) -> Access:
+        """How remote files are read: within three quarters of timeout_s, so that the error can name the file."""
+        return Access(
+            connect_timeout_s=self.connect_timeout_s,
+            read_timeout_s=self.read_timeout_s,
+            retries=self.retries,
+            limit_s=0.75 * self.timeout_s,
+            cache_dir=self.cache_dir,
+            cache_gb=self.cache_gb,
+        )
 
     def build(self, *, seed: int, salt: int, rank: int, ranks: int) -> ShardStream:
         """Reads the manifest only. Raises UserError for a folder or settings that cannot be used."""
@@ -141,7 +163,7 @@ class ShardStream:
     def __init__(self, config: ShardsConfig, *, seed: int, salt: int, rank: int, ranks: int) -> None:
         _check(config, rank, ranks)
         self.config, self.rank, self.ranks = config, rank, ranks
-        store = open_store(config.url)
+        store = open_store(config.url, config.access())
         self.manifest = load_manifest(store)
         store.close()
         m = self.manifest
@@ -156,9 +178,9 @@ class ShardStream:
         augmentation.check(m.channels, m.resolution)
         self.decoder = jpeg.choose(config.decoder, m.image_format)
         turbo = self.decoder == "simplejpeg"
-        self._train = Settings(config.url, m, shards, self.plan, augmentation, turbo)
+        self._train = Settings(config.url, config.access(), m, shards, self.plan, augmentation, turbo)
         self.held_out_split = config.held_out_split if m.of(config.held_out_split) else config.split
-        self._held_out = Settings(config.url, m, m.of(self.held_out_split), None, None, turbo)
+        self._held_out = Settings(config.url, config.access(), m, m.of(self.held_out_split), None, None, turbo)
         self._running: weakref.WeakSet[_Batches] = weakref.WeakSet()
 
     def batches(self, start: int, size: int | Callable[[int], int]) -> Iterator[HostBatch]:
@@ -211,6 +233,13 @@ def _check(config: ShardsConfig, rank: int, ranks: int) -> None:
     if ranks > config.lanes:
         what = f"data.lanes is {config.lanes}, fewer than the {ranks} ranks: some would get no data"
         raise UserError(what, f"start the run with data.lanes of {ranks} or a multiple")
-    for name, low, high in (("workers", 0, 512), ("prefetch", 1, 4096), ("timeout_s", 1, 10**7)):
+    limits: list[tuple[str, float, float]] = [
+        ("workers", 0, 512),
+        ("prefetch", 1, 4096),
+        ("timeout_s", 1, 10**7),
+        ("retries", 0, 10**6),
+    ]
+    limits += [("connect_timeout_s", 0.01, 10**6), ("read_timeout_s", 0.01, 10**6), ("cache_gb", 0, 10**7)]
+    for name, low, high in limits:
         if not low <= (value := getattr(config, name)) <= high:
             raise UserError(f"data.{name} is {value}, expected {low} to {high}", f"correct data.{name}")

@@ -15,7 +15,7 @@ from sivae_dist.data.manifest import Manifest, ShardInfo
 from sivae_dist.data.plan import Plan
 from sivae_dist.data.shard_read import ShardReader
 from sivae_dist.data.slots import Place, Slots, pool_of
-from sivae_dist.data.store import open_store
+from sivae_dist.data.store import Access, open_store
 from sivae_dist.errors import UserError
 
 
@@ -53,6 +53,7 @@ class Settings:
     """What a worker needs to turn positions into pictures; small, and the same for all workers."""
 
     url: str
+    access: Access
     manifest: Manifest
     shards: tuple[ShardInfo, ...]
     plan: Plan | None  # None: positions are sample numbers in shard order
@@ -109,7 +110,7 @@ class Pictures(Dataset[HostBatch]):
         """Fills out (B, H, W, C); labels (B,). Reads shard by shard and forwards, which disks and caches like."""
         s = self.settings
         if self._reader is None:
-            self._reader = ShardReader(open_store(s.url), s.manifest, s.shards)
+            self._reader = ShardReader(open_store(s.url, s.access), s.manifest, s.shards)
         labels = np.zeros(len(shard), dtype=np.int64)
         for place in np.lexsort((number, shard)).tolist():
             _, label = self._reader.read_into(int(shard[place]), int(number[place]), out[place], turbo=s.turbo)

@@ -14,8 +14,8 @@ import numpy.typing as npt
 
 from sivae_dist.data import jpeg
 from sivae_dist.data.decode import decode_into
+from sivae_dist.data.faults import DataError
 from sivae_dist.data.manifest import (
-    FILE_NAME,
     MAX_INDEX_BYTES,
     MAX_MANIFEST_BYTES,
     MAX_MEMBER_BYTES,
@@ -25,6 +25,7 @@ from sivae_dist.data.manifest import (
 )
 from sivae_dist.data.shard_write import BLOCK, INDEX_FORMAT, INDEX_VERSION
 from sivae_dist.data.store import Store
+from sivae_dist.data.stores.base import expected_files
 from sivae_dist.errors import UserError
 
 _INDICES_KEPT = 256  # about 100 kB each at 1,024 samples a shard
@@ -53,37 +54,36 @@ class Index:
 
 def load_manifest(store: Store) -> Manifest:
     """The checked manifest of a shard folder. Raises UserError."""
-    size = store.size(FILE_NAME)
-    if size > MAX_MANIFEST_BYTES:
-        raise UserError(f"{store.url}/{FILE_NAME} has {size} bytes, more than {MAX_MANIFEST_BYTES}", _REMEDY)
-    return Manifest.from_bytes(store.read(FILE_NAME, 0, size), f"{store.url}/{FILE_NAME}")
+    name = store.manifest_name
+    return Manifest.from_bytes(store.whole(name, MAX_MANIFEST_BYTES), f"{store.url}/{name}")
 
 
 def load_index(store: Store, shard: ShardInfo, classes: int) -> Index:
-    """The checked index of a shard. Raises UserError when it does not belong to the shard or is not believable."""
+    """The checked index of a shard. Raises DataError when it does not belong to the shard or is not believable."""
     name = f"{shard.name}.index"
     where = f"{store.url}/{name}"
-    size = store.size(name)
-    if size > MAX_INDEX_BYTES:
-        raise UserError(f"{where} has {size} bytes, more than {MAX_INDEX_BYTES}", _REMEDY)
-    data = store.read(name, 0, size)
+    data = store.whole(name, MAX_INDEX_BYTES)
+    if hashlib.sha256(data).hexdigest() != shard.index_sha256 and store.forget(name, 0, 0):
+        data = store.whole(name, MAX_INDEX_BYTES)
     if hashlib.sha256(data).hexdigest() != shard.index_sha256:
-        raise UserError(f"{where} does not match the manifest: its sha256 differs", _REMEDY)
+        raise DataError("index", f"{where} does not match the manifest: its sha256 differs", _REMEDY)
     lines = data.splitlines()
     try:
         head = json.loads(lines[0])
         rows = json.loads(b"[" + b",".join(lines[1:]) + b"]")
     except (ValueError, IndexError, RecursionError):
-        raise UserError(f"{where} is no valid index", _REMEDY) from None
+        raise DataError("index", f"{where} is no valid index", _REMEDY) from None
     if not isinstance(head, dict) or head.get("format") != INDEX_FORMAT:
-        raise UserError(f"{where} is no valid index", _REMEDY)
+        raise DataError("index", f"{where} is no valid index", _REMEDY)
     if head.get("version") != INDEX_VERSION:
-        raise UserError(
+        raise DataError(
+            "index",
             f"{where} has format version {head.get('version')!r:.80}, this program reads version {INDEX_VERSION}",
             "update sivae-dist, or pack the data set again with this version",
         )
     if len(rows) != shard.count or head.get("bytes") != shard.bytes:
-        raise UserError(
+        raise DataError(
+            "index",
             f"{where} lists {len(rows)} samples of a tar of {head.get('bytes')!r:.80} bytes; the manifest says "
             f"{shard.count} of {shard.bytes}",
             _REMEDY,
@@ -91,7 +91,7 @@ def load_index(store: Store, shard: ShardInfo, classes: int) -> Index:
     end = 0
     for row in rows:
         if problem := _row_problem(row, end, shard.bytes, classes):
-            raise UserError(f"{where}: sample {row!r:.120}: {problem}", _REMEDY)
+            raise DataError("index", f"{where}: sample {row!r:.120}: {problem}", _REMEDY)
         end = row[1] + row[2]
     columns = [[row[c] for row in rows] for c in range(5)]
     labels = [-1 if label is None else label for label in columns[4]]
@@ -120,6 +120,7 @@ class ShardReader:
 
     def __init__(self, store: Store, manifest: Manifest, shards: tuple[ShardInfo, ...]) -> None:
         self.store, self.manifest, self.shards = store, manifest, shards
+        store.expect(expected_files(manifest))
         self._indices: OrderedDict[int, Index] = OrderedDict()
 
     def index(self, shard: int) -> Index:
@@ -131,7 +132,8 @@ class ShardReader:
         name = f"{info.name}.tar"
         if (size := self.store.size(name)) != info.bytes:
             what = "truncated" if size < info.bytes else "longer than packed"
-            raise UserError(f"{self.store.url}/{name} is {what}: {size} bytes, the manifest says {info.bytes}", _REMEDY)
+            says = f"{size} bytes, the manifest says {info.bytes}"
+            raise DataError("truncated", f"{self.store.url}/{name} is {what}: {says}", _REMEDY)
         index = load_index(self.store, info, self.manifest.classes)
         self._indices[shard] = index
         while len(self._indices) > _INDICES_KEPT:
@@ -141,11 +143,19 @@ class ShardReader:
     def encoded(self, shard: int, number: int) -> tuple[str, bytes, int | None]:
         """Key, checked image bytes and label of one sample. Raises UserError naming shard and key."""
         index, name = self.index(shard), f"{self.shards[shard].name}.tar"
-        size, label = int(index.size[number]), int(index.label[number])
-        data = self.store.read(name, int(index.offset[number]), size)
-        if len(data) != size or zlib.crc32(data) != index.crc32[number]:
-            what = "is cut off" if len(data) != size else "is damaged: its checksum differs"
-            raise UserError(f"{self.store.url}/{name}: sample {index.keys[number]!r} {what}", _REMEDY)
+        offset, size, label = int(index.offset[number]), int(index.size[number]), int(index.label[number])
+
+        def good(data: bytes) -> bool:
+            return len(data) == size and zlib.crc32(data) == index.crc32[number]
+
+        data = self.store.read(name, offset, size)
+        if not good(data) and self.store.forget(name, offset, size):  # a copy on the way was damaged, perhaps
+            data = self.store.read(name, offset, size)
+        if not good(data):
+            reason, what = (
+                ("truncated", "is cut off") if len(data) != size else ("crc", "is damaged: its checksum differs")
+            )
+            raise DataError(reason, f"{self.store.url}/{name}: sample {index.keys[number]!r} {what}", _REMEDY, data)
         return index.keys[number], data, None if label < 0 else label
 
     def read(self, shard: int, number: int) -> Sample:

@@ -1,111 +1,62 @@
-"""Where a shard folder lies, and reading ranges of its files: the seam at which remote storage is added."""
+"""Where a shard folder lies: the store behind data.url. The kinds of storage are in `sivae_dist/data/stores/`."""
 
 from __future__ import annotations
 
-import errno
-import os
-import re
-from collections import OrderedDict
 from pathlib import Path
-from typing import Protocol
 
-from sivae_dist.data.manifest import FILE_NAME
+from sivae_dist.data.stores.address import expand, fill, parse, scheme_of
+from sivae_dist.data.stores.base import Access, Store
+from sivae_dist.data.stores.folder import FolderStore, open_folder
+from sivae_dist.data.stores.pattern import JoinedStore, parts_of
 from sivae_dist.errors import UserError
 
-_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://|(pipe):")
-_OPEN_FILES = 256  # a rank with all 128 lanes has up to two shards open per lane
+__all__ = ["Access", "FolderStore", "Store", "open_store"]
 
 
-class Store(Protocol):
-    """Read access to the files of one shard folder. Names are plain file names."""
+def open_store(url: str, access: Access | None = None) -> Store:
+    """The store behind data.url: a folder, its manifest, or a brace pattern of folders or shards.
 
-    url: str
-
-    def size(self, name: str) -> int:
-        """Bytes of a file. Raises UserError when it is missing or unreadable."""
-        ...
-
-    def read(self, name: str, offset: int, length: int) -> bytes:
-        """A range of a file, shorter than `length` only at the file's end. Raises UserError."""
-        ...
-
-    def close(self) -> None:
-        """Gives back file handles or connections; the store may be used again afterwards."""
-        ...
-
-
-class FolderStore:
-    """A folder of this machine. File handles are kept open, the least recently used one closes first."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.url = folder, str(folder)
-        self._open: OrderedDict[str, int] = OrderedDict()
-
-    def size(self, name: str) -> int:
-        """Bytes of a file. Raises UserError when it is missing or unreadable."""
-        return os.fstat(self._handle(name)).st_size
-
-    def read(self, name: str, offset: int, length: int) -> bytes:
-        """A range of a file, shorter than `length` only at the file's end. Raises UserError."""
-        handle = self._handle(name)
-        parts: list[bytes] = []
-        try:
-            while length > 0 and (part := os.pread(handle, length, offset)):
-                parts.append(part)
-                offset, length = offset + len(part), length - len(part)
-        except OSError as error:
-            raise self._unreadable(name, error) from None
-        return parts[0] if len(parts) == 1 else b"".join(parts)
-
-    def close(self) -> None:
-        """Closes all file handles; the store may be used again afterwards."""
-        while self._open:
-            os.close(self._open.popitem()[1])
-
-    def _handle(self, name: str) -> int:
-        if name in self._open:
-            self._open.move_to_end(name)
-            return self._open[name]
-        while len(self._open) >= _OPEN_FILES:
-            os.close(self._open.popitem(last=False)[1])
-        path = self.folder / name
-        try:
-            handle = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
-        except OSError as error:
-            if error.errno == errno.EMFILE and self._open:  # a low limit of open files: live with fewer
-                os.close(self._open.popitem(last=False)[1])
-                return self._handle(name)
-            raise self._unreadable(name, error) from None
-        self._open[name] = handle
-        return handle
-
-    def _unreadable(self, name: str, error: OSError) -> UserError:
-        if isinstance(error, FileNotFoundError):
-            return UserError(f"{self.folder / name} is missing", "copy the file again, or pack the data set again")
-        return UserError(f"{self.folder / name} cannot be read: {error.strerror}", "check the disk and the permissions")
-
-
-def open_store(url: str) -> Store:
-    """The store behind data.url: today a folder of this machine. Raises UserError for anything else."""
+    On this machine (a path or file://), on a web server (http, https), in an object store (s3, gs). access: how remote
+    files are read. Asks no server yet, except for a pattern. Raises UserError for what cannot be data.
+    """
+    access = access or Access()
     if not url:
         raise UserError("data.url is empty, expected the folder of a packed data set", "set --data.url FOLDER")
-    scheme = _SCHEME.match(url)
-    if scheme and scheme.group(2):
-        # A pipe URL is a shell command inside a configuration file; nothing that is read may execute.
-        raise UserError(f"data.url {url!r:.120} would run a shell command, which is refused", "give a folder")
-    if scheme and scheme.group(1) != "file":
-        raise UserError(
-            f"data.url {url!r:.120} has scheme {scheme.group(1)!r}, expected a folder of this machine",
-            "copy or mount the data set on every machine and give that folder",
-        )
-    folder = Path(url.removeprefix("file://")).expanduser()
-    if not folder.is_dir():
-        raise UserError(f"data.url {url!r:.200} is no folder", "check the path; it must exist on every machine")
-    if not (folder / FILE_NAME).is_file():
-        packed = sorted(p.parent.name for p in folder.glob(f"*/{FILE_NAME}"))
-        if packed:
-            raise UserError(f"{folder} holds several packed data sets", f"give one of its folders: {', '.join(packed)}")
-        if (folder / ".pack").is_dir():
-            raise UserError(f"{folder} is only partly packed", "run the same `sivae-dist data pack` again to finish it")
-        raise UserError(f"{folder} holds no {FILE_NAME}", f"pack it: sivae-dist data pack {folder} DESTINATION ...")
-    return FolderStore(folder)
+    if scheme_of(url) == "pipe" or _is_folder(url):
+        return _open_one(url, access)
+    places = expand(url)
+    if len(places) > 1 or places[0].partition("?")[0].endswith(".tar"):
+        return JoinedStore(url, parts_of(places), lambda folder: _open_one(folder, access))
+    return _open_one(places[0], access)
+
+
+def _is_folder(url: str) -> bool:
+    """Whether a path that looks like a pattern is there as it stands."""
+    try:
+        return not scheme_of(url) and Path(url).is_dir()
+    except OSError:
+        return False
+
+
+def _open_one(url: str, access: Access) -> Store:
+    scheme = scheme_of(url)
+    if scheme in ("", "file"):
+        return open_folder(fill(url)[0].removeprefix("file://"))
+    from sivae_dist.data.stores.remote import RemoteStore  # noqa: PLC0415 (local data need none of this)
+
+    if scheme == "pipe":
+        from sivae_dist.data.stores.pipe import PipeTransport  # noqa: PLC0415
+
+        return RemoteStore(PipeTransport(url), access)
+    if scheme in ("http", "https"):
+        from sivae_dist.data.stores.http import HttpTransport  # noqa: PLC0415
+
+        return RemoteStore(HttpTransport(parse(url)), access)
+    if scheme in ("s3", "gs"):
+        from sivae_dist.data.stores.objects import ObjectTransport  # noqa: PLC0415
+
+        return RemoteStore(ObjectTransport(parse(url)), access)
+    raise UserError(
+        f"data.url has scheme {scheme!r:.40}, expected a folder of this machine, http, https, s3 or gs",
+        "copy or mount the data set on every machine and give that folder",
+    )

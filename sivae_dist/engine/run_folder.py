@@ -13,7 +13,17 @@ from pathlib import Path
 from sivae_dist import __version__
 from sivae_dist.errors import UserError
 
-PACKAGES = ("torch", "accelerate", "deepspeed", "webdataset", "numpy", "tensorboard", "safetensors", "pillow", "simplejpeg")
+PACKAGES = (
+    "torch",
+    "accelerate",
+    "deepspeed",
+    "webdataset",
+    "numpy",
+    "tensorboard",
+    "safetensors",
+    "pillow",
+    "simplejpeg",
+)
 
 
 class RunFolder:

@@ -1,0 +1,263 @@
+"""Blocks of remote shards on this machine's disk, shared by its ranks, workers and runs.
+
+A block is BLOCK bytes of a tar (or a whole index), named by the sha256 of its file in the manifest: the same data have
+the same blocks wherever they come from, and other data never do. Blocks are written aside and renamed, so that a
+process killed in between leaves nothing half done; each is checked by its CRC-32 when a process opens it, and what the
+readers find damaged in spite of that is dropped. The least recently used go first. Locks are flock's, which the kernel
+gives back however a process ends; nobody waits for one longer than it would take to do without.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import struct
+import time
+import uuid
+import zlib
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from sivae_dist.data.stores.base import Events
+
+# A lane reads windows of 256 samples one after the other: some 10 to 25 MB at 256 px. Whole shards (256 MB) would mean
+# 32 GB before the first batch of 128 lanes, single samples a request for each picture.
+BLOCK = 8 << 20
+_LEAST_BLOCK = 1 << 16
+_BLOCKS_AT_LEAST = 16  # in a cache; a small one has smaller blocks
+_HEAD = struct.Struct("<8sIQ")  # magic, CRC-32 of the rest, bytes of the rest
+_MAGIC = b"SIVAEBLK"
+_OPEN = 64
+_TOUCH_S = 10.0
+_STRIPES = 256
+_POLL_S = 0.02
+_EVICT_WAIT_S = 10.0
+_ABANDONED_S = 3600.0  # a file being written for so long is of a process that has died
+_REFUSED_S = 60.0  # after a write that failed, this long none is tried
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+
+
+@dataclass
+class _Open:
+    handle: int
+    length: int
+    touched: float
+
+
+class BlockCache:
+    """A folder of blocks of at most `limit` bytes together. Never raises: a cache that fails is one that holds nothing.
+
+    events: gets `cache_refused` (blocks that could not be kept), `cache_damaged`, `cache_evicted`, and one note.
+    """
+
+    def __init__(self, folder: Path, limit: int, events: Events) -> None:
+        self.folder, self.limit, self.events = folder, limit, events
+        self.block = BLOCK
+        while self.block > _LEAST_BLOCK and self.block * _BLOCKS_AT_LEAST > limit:
+            self.block //= 2
+        self._step = max(1, limit // self.block // 16)  # blocks written by all processes between two clean-ups
+        self._opened: OrderedDict[str, _Open] = OrderedDict()
+        self._refused_until = 0.0
+        self._told = self._looked = False
+
+    def read(self, key: str, offset: int = 0, length: int | None = None) -> bytes | None:
+        """Bytes of a block, None when it is not there."""
+        found = self._open(key)
+        if found is None:
+            return None
+        length = found.length - offset if length is None else length
+        try:
+            data = os.pread(found.handle, length, _HEAD.size + offset)
+        except OSError:
+            data = b""
+        if len(data) != length:
+            self.drop(key)
+            return None
+        return data
+
+    def accepts(self) -> bool:
+        """Whether blocks can be kept, as far as is known."""
+        return time.monotonic() >= self._refused_until
+
+    def put(self, key: str, data: bytes) -> bool:
+        """Keeps a block. Returns whether it did."""
+        if not self.accepts():
+            self.events.counts["cache_refused"] += 1
+            return False
+        try:
+            self._make_room()
+            try:
+                self._write(key, data)
+            except OSError as error:
+                if error.errno not in _NO_ROOM or not self._evict(self.limit // 2):
+                    raise
+                self._write(key, data)  # the disk is full of other things: be content with half
+        except OSError as error:
+            self._refused_until = time.monotonic() + _REFUSED_S
+            self.events.counts["cache_refused"] += 1
+            if not self._told:
+                self._told = True
+                why = error.strerror or type(error).__name__
+                self.events.notes.append(f"cannot write the data cache {self.folder} ({why}): reading without it")
+            return False
+        return True
+
+    def drop(self, key: str) -> None:
+        """Forgets a block."""
+        if found := self._opened.pop(key, None):
+            os.close(found.handle)
+        with contextlib.suppress(OSError):
+            self._path(key).unlink()
+
+    def close(self) -> None:
+        """Closes files; the cache may be used again afterwards."""
+        while self._opened:
+            os.close(self._opened.popitem()[1].handle)
+
+    @contextlib.contextmanager
+    def lock(self, key: str, until: float) -> Iterator[None]:
+        """Within, no other process fetches this block. After `until` (time.monotonic) it goes on without that."""
+        handle = None
+        try:
+            folder = self.folder / "locks"
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            handle = os.open(folder / f"{zlib.crc32(key.encode()) % _STRIPES:02x}", os.O_RDWR | os.O_CREAT, 0o600)
+            _flock(handle, until)
+        except OSError:  # a full or read-only disk, or one without locks: two may then fetch the same
+            pass
+        try:
+            yield
+        finally:
+            if handle is not None:
+                os.close(handle)
+
+    def _path(self, key: str) -> Path:
+        return self.folder / "blocks" / key[:2] / key
+
+    def _open(self, key: str) -> _Open | None:
+        now = time.monotonic()
+        if found := self._opened.get(key):
+            self._opened.move_to_end(key)
+            if now - found.touched > _TOUCH_S:
+                found.touched = now
+                with contextlib.suppress(OSError):
+                    os.utime(found.handle)
+                if os.fstat(found.handle).st_nlink == 0:  # evicted: an open file would keep its space
+                    os.close(self._opened.pop(key).handle)
+                    return None
+            return found
+        try:
+            handle = os.open(self._path(key), os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+        except OSError:
+            return None
+        length = _checked_length(handle)
+        if length is None:
+            os.close(handle)
+            self.events.counts["cache_damaged"] += 1
+            self.drop(key)
+            return None
+        with contextlib.suppress(OSError):
+            os.utime(handle)
+        while len(self._opened) >= _OPEN:
+            os.close(self._opened.popitem(last=False)[1].handle)
+        self._opened[key] = _Open(handle, length, now)
+        return self._opened[key]
+
+    def _write(self, key: str, data: bytes) -> None:
+        path = self._path(key)
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        aside = path.with_name(f".{uuid.uuid4().hex}.tmp")
+        try:
+            with open(aside, "xb") as file:
+                file.write(_HEAD.pack(_MAGIC, zlib.crc32(data), len(data)))
+                file.write(data)
+            os.replace(aside, path)
+        except OSError:
+            with contextlib.suppress(OSError):
+                aside.unlink()
+            raise
+
+    def _make_room(self) -> None:
+        """Counts a write of any process by a byte appended to one file; every `step` of them someone cleans up."""
+        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        handle = os.open(self.folder / "written", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+        try:
+            os.write(handle, b".")
+            written = os.fstat(handle).st_size
+        finally:
+            os.close(handle)
+        if written >= self._step or not self._looked:
+            self._looked = True
+            self._evict(self.limit - 2 * self._step * self.block)
+
+    def _evict(self, target: int) -> int:
+        """Removes the least recently used blocks until all take at most `target` bytes. Returns the bytes removed."""
+        handle = os.open(self.folder / "evict.lock", os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            _flock(handle, time.monotonic() + _EVICT_WAIT_S)
+            files = sorted(self._files())
+            surplus = before = sum(size for _, size, _ in files) - max(0, target)
+            for _, size, path in files:
+                if surplus <= 0:
+                    break
+                with contextlib.suppress(OSError):
+                    os.unlink(path)
+                    surplus -= size
+                    self.events.counts["cache_evicted"] += 1
+            with contextlib.suppress(OSError):
+                os.truncate(self.folder / "written", 0)
+            return before - surplus
+        finally:
+            os.close(handle)
+
+    def _files(self) -> Iterator[tuple[float, int, str]]:
+        """(last use, bytes, path) of all blocks. Removes what killed processes have left."""
+        for folder in _scan(self.folder / "blocks"):
+            for entry in _scan(folder.path):
+                try:
+                    facts = entry.stat(follow_symlinks=False)
+                    if entry.name.endswith(".tmp"):
+                        if time.time() - facts.st_mtime > _ABANDONED_S:
+                            os.unlink(entry.path)
+                        continue
+                except OSError:
+                    continue
+                yield facts.st_mtime, facts.st_size, entry.path
+
+
+def _scan(folder: Path | str) -> list[os.DirEntry[str]]:
+    try:
+        with os.scandir(folder) as entries:
+            return list(entries)
+    except OSError:
+        return []
+
+
+def _flock(handle: int, until: float) -> bool:
+    """Takes a lock, or does not when it is not free until then. Raises OSError where there are no locks."""
+    while True:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() > until:
+                return False
+        time.sleep(_POLL_S)
+
+
+def _checked_length(handle: int) -> int | None:
+    """Bytes of the block in an open file, None when it is not whole."""
+    try:
+        magic, crc, length = _HEAD.unpack(os.pread(handle, _HEAD.size, 0))
+        if magic != _MAGIC or os.fstat(handle).st_size != _HEAD.size + length:
+            return None
+        found, offset = 0, _HEAD.size
+        while part := os.pread(handle, 1 << 20, offset):
+            found, offset = zlib.crc32(part, found), offset + len(part)
+        return length if found == crc else None
+    except (OSError, struct.error):
+        return None

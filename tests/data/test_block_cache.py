@@ -1,0 +1,162 @@
+"""The block cache: shared by processes, bounded, whole after kills, and no harm when its disk is full."""
+
+from __future__ import annotations
+
+import errno
+import multiprocessing
+import os
+import signal
+import time
+
+import pytest
+from web import serving
+
+from sivae_dist.data.shard_read import ShardReader, load_manifest
+from sivae_dist.data.store import Access, FolderStore, open_store
+from sivae_dist.data.stores.base import Events
+from sivae_dist.data.stores.cache import BlockCache
+
+KIB = 1 << 10
+
+
+def made(folder, limit=1 << 20) -> BlockCache:
+    return BlockCache(folder, limit, Events())
+
+
+def size(folder) -> int:
+    return sum(p.stat().st_size for p in (folder / "blocks").rglob("*") if p.is_file())
+
+
+def test_what_is_put_is_read(tmp_path):
+    cache = made(tmp_path)
+    assert cache.read("ab-0") is None
+    assert cache.put("ab-0", b"0123456789")
+    assert cache.read("ab-0") == b"0123456789"
+    assert made(tmp_path).read("ab-0", 2, 3) == b"234"
+    assert cache.read("ab-0", 5, 30) is None, "more than there is"
+    cache.put("ab-1", b"x")
+    cache.drop("ab-1")
+    assert cache.read("ab-1") is None
+    cache.close()
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda d: d[:-1], lambda d: d[:30] + b"?" + d[31:], lambda d: b"", lambda d: d + b"x"]
+)
+def test_damaged_blocks_are_not_used(tmp_path, damage):
+    made(tmp_path).put("ab-0", bytes(100))
+    (path,) = (tmp_path / "blocks").rglob("ab-0")
+    path.write_bytes(damage(path.read_bytes()))
+    cache = made(tmp_path)
+    assert cache.read("ab-0") is None
+    assert cache.events.counts["cache_damaged"] == 1
+    assert not path.exists()
+
+
+def test_the_least_recently_used_go_first(tmp_path):
+    cache = made(tmp_path, limit=640 * KIB)
+    assert cache.block == 64 * KIB
+    for number in range(6):
+        cache.put(f"ab-{number}", bytes(cache.block))
+        os.utime(next((tmp_path / "blocks").rglob(f"ab-{number}")), (1000 + number,) * 2)
+    made(tmp_path, limit=640 * KIB).read("ab-0")  # used again
+    for number in range(6, 40):
+        cache.put(f"ab-{number}", bytes(cache.block))
+        assert size(tmp_path) <= 640 * KIB
+        if number == 9:
+            fresh = made(tmp_path)
+            assert fresh.read("ab-0") is not None
+            assert fresh.read("ab-1") is None
+    assert cache.events.counts["cache_evicted"] >= 30
+    assert size(tmp_path) >= 320 * KIB, "it keeps what it may"
+
+
+def _writer(folder, number):
+    cache = made(folder, limit=640 * KIB)
+    for block in range(60):
+        with cache.lock(f"{number}{block}-0", time.monotonic() + 5):
+            cache.put(f"{number}{block}-0", os.urandom(cache.block))
+
+
+@pytest.mark.dist
+def test_processes_share_it_and_may_be_killed_at_any_time(tmp_path):
+    context = multiprocessing.get_context("fork")
+    for round_ in range(4):
+        workers = [context.Process(target=_writer, args=(tmp_path, number)) for number in range(3)]
+        for worker in workers:
+            worker.start()
+        time.sleep(0.03 + 0.05 * round_)
+        for worker in workers:
+            os.kill(worker.pid, signal.SIGKILL)
+            worker.join()
+    cache = made(tmp_path, limit=640 * KIB)
+    for path in (tmp_path / "blocks").rglob("*-0"):
+        assert cache.read(path.name) is not None
+    assert cache.events.counts["cache_damaged"] == 0
+    begun = time.monotonic()
+    with cache.lock("00-0", begun + 5):
+        assert time.monotonic() - begun < 4, "the locks of killed processes are free"
+    for path in (tmp_path / "blocks").rglob("*.tmp"):
+        os.utime(path, (0, 0))
+    for number in range(20):
+        cache.put(f"zz{number}-0", bytes(cache.block))
+    assert not list((tmp_path / "blocks").rglob("*.tmp")), "what killed processes left is removed"
+    assert size(tmp_path) <= 640 * KIB
+
+
+def test_a_held_lock_is_not_waited_for_beyond_its_time(tmp_path):
+    cache, other = made(tmp_path), made(tmp_path)
+    with cache.lock("ab", time.monotonic() + 1), other.lock("ab", time.monotonic() + 0.1):
+        pass
+
+
+def test_a_full_disk_means_no_cache(tmp_path, monkeypatch):
+    cache = made(tmp_path)
+    cache.put("ab-0", b"kept")
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(cache, "_write", full)
+    assert not cache.put("ab-1", b"x")
+    assert not cache.put("ab-2", b"x")
+    assert not cache.accepts()
+    events = cache.events.take()
+    assert events.counts["cache_refused"] == 2
+    assert len(events.notes) == 1
+    assert "No space left on device" in events.notes[0]
+    assert cache.read("ab-0") == b"kept"
+
+
+def test_a_full_disk_is_tried_with_half_the_cache(tmp_path, monkeypatch):
+    cache = made(tmp_path)
+    for number in range(12):
+        cache.put(f"ab-{number}", bytes(cache.block))
+    write, calls = cache._write, []
+
+    def full_once(key, data):
+        calls.append(key)
+        if len(calls) == 1:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(key, data)
+
+    monkeypatch.setattr(cache, "_write", full_once)
+    assert cache.put("ab-99", b"x")
+    assert cache.events.counts["cache_evicted"] >= 4
+
+
+@pytest.mark.parametrize("place", ["file", "under a file"])
+def test_a_cache_that_cannot_be_written_is_none(packed, tmp_path, place):
+    (tmp_path / "file").write_text("")
+    folder = tmp_path / "file" if place == "file" else tmp_path / "file" / "x"
+    with serving(packed) as web:
+        store = open_store(web.url, Access(cache_dir=str(folder), cache_gb=0.01))
+        manifest = load_manifest(store)
+        reader, local = ShardReader(store, manifest, manifest.shards), FolderStore(packed)
+        truth = ShardReader(local, manifest, manifest.shards)
+        for shard, info in enumerate(manifest.shards):
+            for number in range(info.count):
+                assert reader.encoded(shard, number) == truth.encoded(shard, number)
+    events = store.events.take()
+    assert len(events.notes) == 1 and "reading without it" in events.notes[0]
+    assert events.counts["cache_refused"] > 10
