@@ -26,6 +26,7 @@ def commands() -> dict[str, Callable[..., object]]:
         bench,
         compare,
         data,
+        diff,
         evaluate,
         import_published,
         look,
@@ -35,7 +36,7 @@ def commands() -> dict[str, Callable[..., object]]:
         toy,
     )
 
-    parts = (data, scenes, evaluate, compare, look, suggest, memory, bench, toy, import_published)
+    parts = (data, scenes, evaluate, compare, diff, look, suggest, memory, bench, toy, import_published)
     return {name: command for part in parts for name, command in part.COMMANDS.items()}
 
 

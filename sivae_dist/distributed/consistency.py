@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sivae_dist.distributed.digest import digest
 from sivae_dist.distributed.group import Group
+from sivae_dist.distributed.sharding import distributed
 from sivae_dist.errors import UserError
 
 _SHOWN = 8  # differences in a message; a rank with another version of everything has hundreds
@@ -35,9 +36,13 @@ def agree(group: Group, facts: Mapping[str, str], fix: str) -> None:
 
 
 def agree_on_tensors(group: Group, tensors: Mapping[str, Mapping[str, Tensor]], fix: str) -> None:
-    """As `agree`, of the bits of groups of named tensors that all ranks should hold alike. Collective."""
+    """As `agree`, of the bits of groups of named tensors that all ranks should hold alike. Collective.
+
+    Of sharded tensors each rank holds another part: they are left out.
+    """
     if group.ranks > 1:
-        agree(group, {name: digest(members).hash for name, members in tensors.items()}, fix)
+        whole = {name: {k: t for k, t in members.items() if not distributed(t)} for name, members in tensors.items()}
+        agree(group, {name: digest(members).hash for name, members in whole.items()}, fix)
 
 
 # A fact in which ranks differ: its name, and each value (None: no such fact) with the ranks that have it, the value of

@@ -13,19 +13,29 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from sivae_dist import resources
 from sivae_dist.config import RunConfig, to_dict
 from sivae_dist.distributed.consistency import agree, agree_on_tensors
 from sivae_dist.distributed.group import Group
+from sivae_dist.distributed.strategy import Strategy
 from sivae_dist.engine.logs import log
 from sivae_dist.engine.run_folder import PACKAGES
 from sivae_dist.errors import UserError
 from sivae_dist.models import Autoencoder
 
 # Settings that each rank may have for itself: where its copy of the data lies, and how it reads them.
-OWN = ("data.url", "data.workers", "data.prefetch", "data.timeout_s")
+_READING = (
+    "workers",
+    "prefetch",
+    "timeout_s",
+    "cache_dir",
+    "cache_gb",
+    "retries",
+    "connect_timeout_s",
+    "read_timeout_s",
+)
+OWN = ("data.url", *(f"data.{name}" for name in _READING))
 _SOURCES = (".py", ".h", ".cpp", ".cu")
 _START = (
     "start every rank from the same checkout and environment (constraints.txt pins it) with the same command; "
@@ -68,27 +78,20 @@ def check_weights(group: Group, config: RunConfig, nimg: int, tensors: dict[str,
         log.info("the weights of all ranks compared in %.3f s", time.monotonic() - began)
 
 
-def state_tensors(
-    model: Autoencoder, ema: torch.nn.Module, optimizers: dict[str, Optimizer]
-) -> dict[str, dict[str, Tensor]]:
-    """The tensors of a training state by what they are."""
+def state_tensors(model: Autoencoder, ema: torch.nn.Module, strategy: Strategy) -> dict[str, dict[str, Tensor]]:
+    """The tensors of a training state by what they are, as this rank holds them."""
     players = {"encoder": model.encoder, "decoder": model.decoder}
     groups = {f"weights of the {name}": player.state_dict() for name, player in players.items()}
     groups["averaged weights"] = ema.state_dict()
-    for name, optimizer in optimizers.items():
-        groups[f"optimizer of the {name}"] = optimizer_tensors(optimizer)
+    for name in strategy.optimizers:
+        groups[f"optimizer of the {name}"] = optimizer_tensors(strategy, name)
     return groups
 
 
-def optimizer_tensors(optimizer: Optimizer) -> dict[str, Tensor]:
-    """NUMBER/STATE -> tensor, numbered by the order of the parameters."""
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    return {
-        f"{number}/{key}": value
-        for number, parameter in enumerate(parameters)
-        for key, value in optimizer.state.get(parameter, {}).items()
-        if isinstance(value, Tensor)
-    }
+def optimizer_tensors(strategy: Strategy, player: str) -> dict[str, Tensor]:
+    """PARAMETER/STATE -> tensor. Collective."""
+    states = strategy.optimizer_state(player)
+    return {f"{name}/{key}": value for name, state in states.items() for key, value in state.items()}
 
 
 def versions() -> dict[str, str]:

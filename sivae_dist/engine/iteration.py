@@ -31,6 +31,7 @@ from sivae_dist.objectives import Draws, Objective, Phase, Terms
 
 Noise = Callable[[str], Tensor]
 Observer = Callable[[Phase, Terms], None]
+Drawn = Callable[[str, Tensor, Tensor], None]
 
 
 @dataclass
@@ -74,6 +75,7 @@ class Iteration:
         self.seed, self.salt, self.accumulation = seed, salt, accumulation
         self.precision, self.scales = precision or Precision(), scales or LossScales()
         self.buffers = Buffers(model)
+        self.drawn: Drawn | None = None  # is told every draw of noise: name, positions (B,), value (B, ...)
 
     def __call__(
         self,
@@ -142,7 +144,10 @@ class Iteration:
 
         def draw(name: str) -> Tensor:
             key = counters.key(self.seed, "noise", self.salt, name)
-            return counters.normal(key, micro.position, self.model.prior.shape, micro.x.dtype)
+            value = counters.normal(key, micro.position, self.model.prior.shape, micro.x.dtype)
+            if self.drawn is not None:
+                self.drawn(name, micro.position, value)
+            return value
 
         return draw
 

@@ -35,6 +35,7 @@ class RunFolder:
     config = property(lambda self: self.root / "config.yaml")
     manifest = property(lambda self: self.root / "manifest.json")
     metrics = property(lambda self: self.root / "metrics.jsonl")
+    fingerprints = property(lambda self: self.root / "fingerprints.jsonl")
     summary = property(lambda self: self.root / "summary.json")
     tensorboard = property(lambda self: self.root / "tensorboard")
     samples = property(lambda self: self.root / "samples")

@@ -40,17 +40,20 @@ class TrackingConfig:
     """Picture grids every this many thousand images, and at the end. 0 draws none."""
     images: int = 16
     """Columns of the grids: held-out images with their reconstructions, and samples."""
+    fingerprints_every_kimg: float = 50.0
+    """Hashes of data, noise, losses, gradients and weights go to fingerprints.jsonl every this many thousand images,
+    and after iterations 1, 2, 4, 8, ...: `sivae-dist diff` tells from them where two runs part. 0 writes none."""
     tensorboard: bool = True
     """Write TensorBoard files (metrics.jsonl is always written)."""
     progress: bool = True
     """Show the progress line."""
 
     def __post_init__(self) -> None:
-        if self.every_kimg <= 0 or self.images_every_kimg < 0 or self.images < 1:
+        if self.every_kimg <= 0 or min(self.images_every_kimg, self.fingerprints_every_kimg) < 0 or self.images < 1:
             raise UserError(
                 f"tracking: every_kimg {self.every_kimg}, images_every_kimg {self.images_every_kimg}, "
-                f"images {self.images} are not all in range",
-                "every_kimg must be positive, images_every_kimg at least 0, images at least 1",
+                f"fingerprints_every_kimg {self.fingerprints_every_kimg}, images {self.images} are not all in range",
+                "every_kimg must be positive, the other intervals at least 0, images at least 1",
             )
 
 

@@ -26,6 +26,7 @@ from sivae_dist.engine.clock import Clock, memory
 from sivae_dist.engine.controller import Controller
 from sivae_dist.engine.ema import Ema
 from sivae_dist.engine.evaluate_points import evaluator_for
+from sivae_dist.engine.fingerprints import Fingerprints
 from sivae_dist.engine.growing import Growing
 from sivae_dist.engine.guard import Guard
 from sivae_dist.engine.iteration import Iteration
@@ -103,6 +104,8 @@ class Trainer:
         )
         self.strategy.follow(self.ema.model, self.model)
         self.optimizers = self.strategy.optimizers
+        every = config.tracking.fingerprints_every_kimg
+        self.prints = Fingerprints(every, self.folder, self.strategy, self.model, self.ema.model)
         self.meters = Meters(self.group, self.device)
         self.clock = Clock()
         self.guard = Guard(config.guard, self.group)
@@ -145,7 +148,7 @@ class Trainer:
         return facts | {f"the kernels' {key}": str(self.kernels[key]) for key in ("mode", "running")}
 
     def _tensors(self) -> dict[str, dict[str, Tensor]]:
-        return agreement.state_tensors(self.model, self.ema.model, self.optimizers)
+        return agreement.state_tensors(self.model, self.ema.model, self.strategy)
 
     def _build_model(self) -> Autoencoder:
         model = synchronise_batch_norm(self.config.model.build(), self.group).to(self.device)
@@ -175,6 +178,7 @@ class Trainer:
         self._describe()
         self.tracker = Tracker(config.tracking, self.folder, resumed_nimg=self.nimg, is_main=self.group.is_main)
         self.writer = CheckpointWriter(config.checkpoint, self.folder.checkpoints)
+        self.prints.begin(self.nimg)
         self.progress = Progress(total, self.nimg, enabled=config.tracking.progress and self.group.is_main)
 
         if self.nimg == 0:
@@ -199,12 +203,16 @@ class Trainer:
                     batch = growing.prepare(batch, self.nimg)
                     rates = config.optim.apply(self.optimizers, self.nimg, growing.lr(self.nimg))
                     size = growing.size(self.nimg)
-                    report = self.iteration(batch, nimg=self.nimg, global_batch=size)
+                    look = self.prints.look(batch) if self.prints.due(self.nimg + size, size) else None
+                    self.iteration.drawn, observe = (look.drawn, look.observe) if look is not None else (None, None)
+                    report = self.iteration(batch, nimg=self.nimg, global_batch=size, observe=observe)
                     self.nimg += size
                     if not self.guard.passed(report.skip, self.nimg):
                         batches, ran = self._roll_back(), False
                         continue
                     self.ema.update(self.model, self.nimg, size)
+                    if look is not None and report.skip is None:
+                        self.prints.add(look, report, nimg=self.nimg, size=size, salt=self.salt)
                     self.meters.add(report, size)
                     self.controller.after(report, self.nimg, size)
                     self.clock.end(size)
@@ -264,7 +272,8 @@ class Trainer:
             write_atomic(self.folder.config, to_yaml(self.config))
             facts: dict[str, object] = {"launch": self.launch.describe(), "started_at_nimg": self.nimg}
             facts |= {"data": self.stream.fingerprint, "evaluated_on": self.stream.held_out_split}
-            facts["kernels"], facts["decoder"] = self.kernels, getattr(self.stream, "decoder", None)
+            facts |= {"kernels": self.kernels, "decoder": getattr(self.stream, "decoder", None)}
+            facts |= {"code": agreement.code_hash(), "versions": agreement.versions()}
             write_json(self.folder.manifest, {**environment(), **facts})
 
     def _report(self, rates: dict[str, float], size: int) -> None:
@@ -309,6 +318,7 @@ class Trainer:
         if self.group.is_main:
             log.info("checkpoint at %d images", self.nimg)
             self.tracker.sync()
+            self.prints.sync()
         state = {
             "plan_salt": self.salt,
             "sums": self.meters.state(),
@@ -334,6 +344,7 @@ class Trainer:
         self.group.barrier()  # now the checkpoint is there for all ranks
         self._restore(checkpoint.read(self.good) if self.good else self._beginning())
         self.tracker.rewind(self.nimg)
+        self.prints.begin(self.nimg)
         self.progress.rewind(self.nimg)
         self.stream.close()
         self.salt += 1

@@ -173,3 +173,30 @@ def test_rows_add_up_in_any_order() -> None:
     assert whole == parts
     assert whole != rows(5, numbers, values.flip(0))
     assert whole != rows(6, numbers, values)
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+def test_several_ranks_leave_the_fingerprints_of_one(tmp_path: Path) -> None:
+    """Data and noise bit for bit, all else up to rounding."""
+    from sivae_dist.apps.diff import diff
+
+    runs = []
+    for ranks in (1, 2, 3):
+        (tmp_path / str(ranks)).mkdir()
+        runs.append(tmp_path / str(ranks) / "run")
+        assert launched(tmp_path / str(ranks), "", "--train.kimg", 0.2, ranks=ranks)[0] == 0
+    for other in runs[1:]:
+        found = diff(runs[0], other, 1e-5)
+        assert found.verdict == "rounding"
+        same = [thing.name for step in found.steps[1:] for thing in step.things if thing.same]
+        for name in ("data: positions", "data: values", "noise: draws"):
+            assert same.count(name) == 3  # after iterations 1, 2, 4
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_a_digest_of_shards_is_that_of_the_whole(ranks: int) -> None:
+    done = accelerate_launch(ranks, str(Path(__file__).with_name("probe_digest.py")), timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
