@@ -21,6 +21,9 @@ class TrainConfig:
     """Blocks of the networks that work on maps of this many pixels a side or more are not kept for the backward pass
     but computed once more there: less memory, the same results, about a third more time where all do (0). None keeps
     all. `sivae-dist memory` tells what it saves."""
+    keep_freed_mb: int = 256
+    """On a CPU the process keeps up to this much freed memory for the next tensors instead of giving it back to the
+    system, which costs more time than much of the arithmetic on small maps. 0 leaves the C library as it is."""
     seed: int = 0
     """Keys weights, data order and all noise."""
     minutes: float = 0.0
@@ -32,6 +35,8 @@ class TrainConfig:
                 f"train.recompute_from is {self.recompute_from}, expected pixels a side",
                 "use 0 for all blocks, 256 for those of 256 pixels and more, None for none",
             )
+        if self.keep_freed_mb < 0:
+            raise UserError(f"train.keep_freed_mb is {self.keep_freed_mb}, expected megabytes", "0 keeps none")
         if self.kimg <= 0 or self.batch < 1 or self.accumulation < 1 or self.minutes < 0:
             raise UserError(
                 f"train: kimg {self.kimg}, batch {self.batch}, accumulation {self.accumulation}, "

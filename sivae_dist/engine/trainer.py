@@ -19,7 +19,7 @@ from sivae_dist.distributed import strategies
 from sivae_dist.distributed.failure import announced
 from sivae_dist.distributed.sharding import whole_model
 from sivae_dist.distributed.sync_batch_norm import synchronise_batch_norm
-from sivae_dist.engine import agreement, checkpoint, resume
+from sivae_dist.engine import agreement, checkpoint, host_memory, resume
 from sivae_dist.engine.checkpoint import Snapshot
 from sivae_dist.engine.checkpoint_writer import CheckpointWriter
 from sivae_dist.engine.clock import Clock, memory
@@ -88,6 +88,8 @@ class Trainer:
             self.folder.create()
             self.lock = RunLock(self.folder.root)
         self.kernels = kernels.configure(config.kernels, self.device)
+        if self.device.type == "cpu":
+            host_memory.keep_freed(config.train.keep_freed_mb)
         saved = resume.find(self.folder, resume_from, config)
 
         # Every rank builds the same weights from the seed; the strategy sends rank 0's to all anyway.

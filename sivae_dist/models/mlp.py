@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from sivae_dist.errors import UserError
 from sivae_dist.models.base import Autoencoder, ModelConfig
 from sivae_dist.models.posterior import Posterior, Prior
+from sivae_dist.ops.mlp import mlp
 
 
 def make_layers(size_in: int, width: int, hidden_layers: int, size_out: int) -> nn.Sequential:
@@ -23,6 +24,12 @@ def make_layers(size_in: int, width: int, hidden_layers: int, size_out: int) -> 
     return layers
 
 
+def _through(layers: nn.Sequential, x: Tensor) -> Tensor:
+    """What `layers(x)` gives, by an operator that has a faster way."""
+    linear = [layer for layer in layers if isinstance(layer, nn.Linear)]
+    return mlp(x, [layer.weight for layer in linear], [layer.bias for layer in linear])
+
+
 class MlpEncoder(nn.Module):
     """x (B, x_dim) -> Posterior over (B, zdim)."""
 
@@ -32,7 +39,7 @@ class MlpEncoder(nn.Module):
 
     def forward(self, x: Tensor, condition: Tensor | None = None) -> Posterior:
         """Encodes; the first half of the output is mu, the second logvar. There is no conditional variant."""
-        mu, logvar = self.layers(x).chunk(2, dim=1)
+        mu, logvar = _through(self.layers, x).chunk(2, dim=1)
         return Posterior(mu, logvar)
 
 
@@ -45,8 +52,7 @@ class MlpDecoder(nn.Module):
 
     def forward(self, z: Tensor, condition: Tensor | None = None) -> Tensor:
         """Decodes."""
-        x_hat: Tensor = self.layers(z)
-        return x_hat
+        return _through(self.layers, z)
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ from sivae_dist.ops import _ahead, _build
 from sivae_dist.ops._toolchain import Device, UnavailableError
 
 Mode = Literal["auto", "reference", "cpu", "cuda"]
+Dense = Literal["torch", "onednn"]
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 log = logging.getLogger(__name__)
@@ -42,12 +43,22 @@ class KernelConfig:
     mode: Mode = "auto"
     """auto: fused CUDA kernels on a GPU if they can be had, else plain PyTorch. reference: plain PyTorch. cpu, cuda:
     the fused kernels of that device, or an error. The environment variable SIVAE_KERNELS wins."""
+    dense: Dense = "torch"
+    """How perceptrons multiply float32 matrices on a CPU. torch: as torch chooses. onednn: by oneDNN, which is twice as
+    fast on some processors; another device or format, or a torch without it, does as torch chooses. `sivae-dist bench
+    toy` compares them."""
 
 
 class _Choice:
     """The mode in force: what `configure` was told, unless the environment says otherwise."""
 
     mode: Mode = "auto"
+    dense: Dense = "torch"
+
+
+def dense() -> Dense:
+    """How perceptrons multiply on a CPU, as `configure` was told; torch where oneDNN is not there."""
+    return _Choice.dense if torch.backends.mkldnn.is_available() else "torch"  # type: ignore[no-untyped-call]
 
 
 def mode() -> Mode:
@@ -67,7 +78,7 @@ def configure(config: KernelConfig, device: torch.device) -> dict[str, object]:
     Returns what the run's manifest should say. Raises UserError when an explicit mode cannot be had, also because the
     run is on another device.
     """
-    _Choice.mode = config.mode
+    _Choice.mode, _Choice.dense = config.mode, config.dense
     _serves.cache_clear()
     chosen = mode()
     if chosen in {"cpu", "cuda"} and device.type != chosen:

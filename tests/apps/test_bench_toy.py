@@ -13,7 +13,7 @@ from sivae_dist.data import Batch
 
 def test_the_plain_loop_and_the_engine_take_the_same_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without noise, from the same weights and points: gradients of both phases agree, in single precision."""
-    plain, engine = toy.Plain(), toy.contenders()["engine, gamma_r 1e-8"]()
+    plain, engine = toy.Plain(), toy.contenders()["  gamma_r 1e-8"]()
     assert isinstance(engine, toy.Engine)
     start = {name: tensor.clone() for name, tensor in plain.model.state_dict().items()}
     x = plain.data()

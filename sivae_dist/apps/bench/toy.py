@@ -4,19 +4,23 @@ The plain loop is written anew from its description (the fixtures' text, docs/qu
 Python, every pass of both phases, a reconstruction from mu that is only looked at, the terms that gamma_r multiplies by
 1e-8, checks for NaN that wait for the result, a scheduler step. Both do the same networks, batch, losses and Adam.
 
-All take turns in blocks of iterations within one run; times are CPU seconds of this process on one thread, which other
-processes on the machine disturb less than wall time. Medians over blocks.
+All take turns in blocks of iterations within one run, each in a process of its own, because how the C library keeps
+memory cannot be taken back. Times are CPU seconds of that process on one thread, which other processes on the machine
+disturb less than wall time. Medians over blocks.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+import multiprocessing
 import random
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 
 import torch
 from torch import Tensor
@@ -25,12 +29,14 @@ from sivae_dist.config import RunConfig, from_dict, read_yaml
 from sivae_dist.data import HostBatch
 from sivae_dist.distributed.group import Group
 from sivae_dist.distributed.replicated import Replicated
+from sivae_dist.engine import host_memory
 from sivae_dist.engine.ema import Ema
 from sivae_dist.engine.iteration import Iteration
 from sivae_dist.engine.meters import Meters
 from sivae_dist.engine.precision import Precision
 from sivae_dist.models import Autoencoder, Posterior
 from sivae_dist.objectives import terms
+from sivae_dist.ops import kernels
 from sivae_dist.resources import configs_dir
 
 BETA_REC, BETA_KL, BETA_NEG, SCALE, GAMMA_R = 0.2, 0.3, 0.9, 0.5, 1e-8
@@ -159,33 +165,65 @@ def contenders() -> dict[str, Callable[[], Plain | Engine]]:
     config = recipe()
     with_gamma_r = dataclasses.replace(config.objective, gamma_r=GAMMA_R)  # type: ignore[call-arg]
     bf16 = dataclasses.replace(config.precision, dtype="bf16")
+    by_torch = dataclasses.replace(config.kernels, dense="torch")
+    gives_back = dataclasses.replace(config.train, keep_freed_mb=0)
     return {
         "plain loop": Plain,
-        "engine, gamma_r 1e-8": lambda: Engine(dataclasses.replace(config, objective=with_gamma_r)),
         "engine, recipe": lambda: Engine(config),
-        "engine, recipe, bf16": lambda: Engine(dataclasses.replace(config, precision=bf16)),
+        "  gamma_r 1e-8": lambda: Engine(dataclasses.replace(config, objective=with_gamma_r)),
+        "  kernels.dense torch": lambda: Engine(dataclasses.replace(config, kernels=by_torch)),
+        "  train.keep_freed_mb 0": lambda: Engine(dataclasses.replace(config, train=gives_back)),
+        "  both of these": lambda: Engine(dataclasses.replace(config, kernels=by_torch, train=gives_back)),
+        "  precision.dtype bf16": lambda: Engine(dataclasses.replace(config, precision=bf16)),
     }
 
 
 def run(seconds: float, block: int = 8) -> list[Row]:
     """Times all, about `seconds` of CPU time each, in turns."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        made = {name: make() for name, make in contenders().items()}
-        times: dict[str, list[tuple[float, float]]] = {name: [] for name in made}
-        for each in made.values():
-            _block(each, 2)
-        end = time.process_time() + seconds * len(made)
-        while time.process_time() < end or len(times["plain loop"]) < 3:
-            for name, each in made.items():
-                times[name].append(_block(each, block))
-    finally:
-        torch.set_num_threads(threads)
+    context = multiprocessing.get_context("spawn")
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in contenders()}
+    with ExitStack() as stack:
+        pipes: dict[str, Connection] = {}
+        for name in times:
+            pipes[name], theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(name, theirs), daemon=True)
+            process.start()
+            stack.callback(process.join)
+            stack.callback(pipes[name].close)  # which ends it
+            theirs.close()
+        _turn(pipes, 2)
+        spent = 0.0
+        while spent < seconds * len(times) or len(times["plain loop"]) < 3:
+            for name, measured in _turn(pipes, block).items():
+                times[name].append(measured)
+                spent += block * sum(measured)
     return [
         Row(name, statistics.median(a + b for a, b in parts), statistics.fmean(a for a, _ in parts))
         for name, parts in times.items()
     ]
+
+
+def _turn(pipes: dict[str, Connection], count: int) -> dict[str, tuple[float, float]]:
+    """A block of each, one after the other."""
+    measured = {}
+    for name, pipe in pipes.items():
+        pipe.send(count)
+        measured[name] = pipe.recv()
+    return measured
+
+
+def _serve(name: str, pipe: Connection) -> None:
+    """Times blocks of one contender until nobody asks any more."""
+    torch.set_num_threads(1)
+    each = contenders()[name]()
+    if isinstance(each, Engine):  # as the trainer begins
+        host_memory.keep_freed(each.config.train.keep_freed_mb)
+        kernels.configure(each.config.kernels, CPU)
+    try:
+        while True:
+            pipe.send(_block(each, pipe.recv()))
+    except EOFError:
+        return
 
 
 def _block(each: Plain | Engine, count: int) -> tuple[float, float]:
