@@ -51,10 +51,10 @@ def pack(
     """Pack pictures into shards: upright, centre square, Lanczos to the resolution. Interrupted, run it again.
 
     Args:
-        src: What to pack; for a folder of pictures, sub-folders included. With --root: the folder to make.
+        src: What to pack: a folder of pictures, sub-folders included, or a zip. With --root: the folder to make.
         dst: The folder to make.
         resolution: Side of the stored pictures in pixels; several (256,512,1024) make a pyramid, a sub-folder each.
-        recipe: What kind of data set it is: folder (the default), ffhq, celebahq.
+        recipe: What kind of data set it is: folder (the default), zip (the default for a file), ffhq, celebahq.
         root: Where the data set lies, in place of the first path.
         format: How pictures are stored; png is lossless.
         quality: 1 to 100, for jpg and webp; the default is 95.
@@ -62,7 +62,7 @@ def pack(
         shard_size: A number of samples (1000), a size (256MB), or auto: 1,024 samples or 256 MB, whichever is less.
         val_fraction: Part of the pictures to hold out for validation, chosen by their names.
         val_count: Number of pictures to hold out, instead of a fraction.
-        labels: Take the first sub-folder of each picture as its class.
+        labels: Take the first sub-folder of each picture as its class; of a zip its dataset.json, if it has labels.
         attribute: The attribute of CelebA-HQ that makes two classes, for example Smiling.
         partial: Pack a published data set although pictures are missing.
         seed: Keys the order in which pictures are put into shards.
@@ -88,7 +88,8 @@ def pack(
         seed=seed,
         shuffle=shuffle,
     )
-    kind = component("sivae_dist.data.sources", Recipe, recipe or "folder", kind="recipe")
+    recipe = recipe or ("zip" if place.is_file() else "folder")
+    kind = component("sivae_dist.data.sources", Recipe, recipe, kind="recipe")
     source = kind(root=place, title=name, license=license, labels=labels, attribute=attribute, partial=partial).build()
     report = pack_source(source, destination, options, workers=workers)
     _tell(report, destination, options)

@@ -9,6 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 from array import array
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,8 +70,8 @@ def list_items(source: Source, path: Path, *, val_fraction: float, val_count: in
     digest, position = hashlib.sha256(), 0
     highest, unlabelled = -1, 0
     to_json = json.JSONEncoder(sort_keys=True, separators=(",", ":")).encode
-    with open(path, "wb") as file:
-        for item in tqdm(source.items(), unit="img", desc="listing", disable=not progress):
+    with open(path, "wb") as file, _listing(source, progress) as found:
+        for item in found:
             _check(item)
             line = to_json([item.key, item.label, item.meta]).encode() + b"\n"
             file.write(line)
@@ -99,6 +101,20 @@ def list_items(source: Source, path: Path, *, val_fraction: float, val_count: in
     return items
 
 
+@contextmanager
+def _listing(source: Source, progress: bool) -> Iterator[Iterable[Item]]:
+    """The source's items with a bar of their progress, and of the files found while a large folder is read."""
+    with tqdm(source.items(), unit="img", desc="listing", disable=not progress) as bar:
+        if not hasattr(source, "tell"):
+            yield bar
+            return
+        source.tell = lambda count: bar.set_postfix_str(f"{count:,} files in a folder so far")
+        try:
+            yield bar
+        finally:
+            source.tell = None  # sources are sent to workers, functions like this one cannot be
+
+
 def _held_out(hashes: npt.NDArray[np.uint64], fraction: float, count: int) -> npt.NDArray[np.bool_]:
     if fraction:
         return hashes < np.uint64(min(int(fraction * 2.0**64), 2**64 - 1))
@@ -124,7 +140,8 @@ def _check(item: Item) -> None:
 
 def _check_unique(items: ItemList, hashes: npt.NDArray[np.uint64]) -> None:
     order = np.argsort(hashes, kind="stable")
-    same = np.flatnonzero(hashes[order][1:] == hashes[order][:-1])
+    ordered = hashes[order]
+    same = np.flatnonzero(ordered[1:] == ordered[:-1])
     for place in same.tolist():
         first, second = read_items(items.path, items.offset[order[place : place + 2]])
         if first.key == second.key:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import zipfile
+
 import pytest
 import tyro
 from drawn import craft, draw_folder, picture, png
@@ -62,6 +64,18 @@ def test_drawn_scenes(tmp_path, capsys):
     assert "2 shards were finished before" in capsys.readouterr().out
     with pytest.raises(UserError, match="is no folder"):  # one command for each kind of source
         run("data pack", "scenes:6", tmp_path / "other", "--resolution", 16)
+
+
+def test_a_zip_is_known_by_being_a_file(tmp_path, capsys):
+    with zipfile.ZipFile(tmp_path / "birds.zip", "w") as archive:
+        for number in range(4):
+            archive.writestr(f"kind{number % 2}/{number}.png", png(picture(number)))
+    run("data pack", tmp_path / "birds.zip", tmp_path / "out", "--resolution", 16, "--labels", "--workers", 1)
+    assert "4 samples (train 4)" in capsys.readouterr().out
+    run("data info", tmp_path / "out")
+    out = capsys.readouterr().out
+    assert "birds: 16x16 RGB" in out
+    assert "kind0, kind1" in out
 
 
 def test_a_pyramid_of_a_recipe(tmp_path, capsys):

@@ -5,15 +5,16 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
 from sivae_dist.data.decode import MAX_PIXELS, open_image
 from sivae_dist.data.sources.base import Item, Recipe
+from sivae_dist.data.sources.listing import SortedNames, Tell, entries, visible
 from sivae_dist.errors import UserError
 
 EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".pnm"})
@@ -39,12 +40,15 @@ class FolderSource:
         if not self.root.is_dir():
             raise UserError(f"{self.root} is no folder", "give the folder that holds the pictures")
         self.name = self.name or self.root.resolve().name
+        self.tell: Tell | None = None  # told how many files a folder has so far, while it is read
         self._count: int | None = None
         self.class_names: tuple[str, ...] = ()
         if self.labels:
-            self.class_names = tuple(f for f in visible(self.root)[0] if _holds_pictures(self.root / f))
+            folders = visible(self.root, wanted=lambda _: False).folders
+            self.class_names = tuple(f for f in folders if _holds_pictures(self.root / f))
             if not self.class_names:
                 raise UserError(f"{self.root} has no sub-folders with pictures to take labels from", "drop --labels")
+        self._class = {name: number for number, name in enumerate(self.class_names)}
 
     def __len__(self) -> int:
         """How many pictures there are (walks the folder once)."""
@@ -53,30 +57,31 @@ class FolderSource:
         return self._count
 
     def items(self) -> Iterator[Item]:
-        """All pictures, folder by folder, in order of name. Memory: one folder's listing."""
-        yield from self._walk(PurePosixPath())
+        """All pictures, folder by folder, in order of name. Memory: the names of one folder's files, as bytes."""
+        yield from self._walk("")
 
     def open(self, item: Item, resolution: int) -> Image.Image:
         """The picture, not yet decompressed. Raises UserError or OSError."""
         return open_image(self.root / str(item.meta["file"]), max_pixels=self.max_pixels)
 
-    def _walk(self, relative: PurePosixPath) -> Iterator[Item]:
-        folders, files = visible(self.root / relative)
-        pictures = [f for f in files if os.path.splitext(f)[1].lower() in EXTENSIONS]
-        keys = [str(relative / os.path.splitext(f)[0]) for f in pictures]
-        shared = Counter(keys)  # a.jpg beside a.png
-        for file, key in zip(pictures, keys, strict=True):
-            path = str(relative / file)
-            label = self._label(relative, path) if self.labels else None
-            yield Item(safe_key(key, path, unique=shared[key] == 1), label=label, meta={"file": path})
+    def _walk(self, prefix: str) -> Iterator[Item]:
+        found = visible(self.root / prefix, is_picture, self.tell)
+        if self.labels and prefix:
+            label: int | None = self._class.get(prefix.partition("/")[0])
+        else:
+            label = None
+        shared = shared_stems(found.files)
+        for file in found.files:
+            path = prefix + file
+            if self.labels and label is None:
+                what = f"{self.root / path} lies in no sub-folder, so it has no label"
+                raise UserError(what, "move it into the folder of its class, or drop --labels")
+            stem = os.path.splitext(file)[0]
+            yield Item(safe_key(prefix + stem, path, unique=not shared(stem)), label=label, meta={"file": path})
+        folders = found.folders
+        del found, shared  # before the sub-folders' names are held
         for folder in folders:
-            yield from self._walk(relative / folder)
-
-    def _label(self, relative: PurePosixPath, path: str) -> int:
-        if not relative.parts:
-            what = f"{self.root / path} lies in no sub-folder, so it has no label"
-            raise UserError(what, "move it into the folder of its class, or drop --labels")
-        return self.class_names.index(relative.parts[0])
+            yield from self._walk(f"{prefix}{folder}/")
 
 
 @dataclass(frozen=True)
@@ -100,25 +105,39 @@ def safe_key(name: str, path: str, *, unique: bool) -> str:
     return f"{plain[: _LONGEST_PLAIN_KEY - 13].rstrip('/')}-{digest}"
 
 
-def visible(folder: Path) -> tuple[list[str], list[str]]:
-    """Names of the sub-folders and files that are not hidden, sorted."""
-    folders, files = [], []
-    try:
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                if entry.name.startswith("."):
-                    continue
-                if entry.is_dir(follow_symlinks=False):
-                    folders.append(entry.name)
-                elif entry.is_file():
-                    files.append(entry.name)
-    except OSError as error:
-        raise UserError(f"{folder} cannot be listed: {error.strerror}", "check the permissions") from None
-    return sorted(folders), sorted(files)
+def is_picture(name: str) -> bool:
+    """Whether a file is one, by its extension."""
+    return os.path.splitext(name)[1].lower() in EXTENSIONS
+
+
+def shared_stems(files: SortedNames | list[str]) -> Callable[[str], bool]:
+    """A function that tells whether several of the files have this name without extension: a.jpg beside a.png.
+
+    Hashes of 64 bits stand for the names, so that millions take 8 bytes each; two that collide are taken for shared,
+    which makes their keys longer and nothing else.
+    """
+    if len({os.path.splitext(file)[1] for file in files}) <= 1:
+        return lambda _: False
+    hashes = np.sort(np.fromiter((_hash(os.path.splitext(file)[0]) for file in files), np.uint64))
+    twice = np.unique(hashes[1:][hashes[1:] == hashes[:-1]])
+
+    def shared(stem: str) -> bool:
+        value = np.uint64(_hash(stem))
+        place = np.searchsorted(twice, value)
+        return bool(place < len(twice) and twice[place] == value)
+
+    return shared if len(twice) else lambda _: False
+
+
+def _hash(name: str) -> int:
+    return int.from_bytes(hashlib.blake2b(os.fsencode(name), digest_size=8).digest(), "big")
 
 
 def _holds_pictures(folder: Path) -> bool:
-    folders, files = visible(folder)
-    return any(os.path.splitext(f)[1].lower() in EXTENSIONS for f in files) or any(
-        _holds_pictures(folder / f) for f in folders
-    )
+    below = []
+    for entry in entries(folder):
+        if entry.is_dir(follow_symlinks=False):
+            below.append(folder / entry.name)
+        elif is_picture(entry.name) and entry.is_file():
+            return True
+    return any(map(_holds_pictures, below))

@@ -15,7 +15,7 @@ from PIL import Image
 
 from sivae_dist.data.decode import MAX_PIXELS, open_image
 from sivae_dist.data.sources.base import Item
-from sivae_dist.data.sources.folder import visible
+from sivae_dist.data.sources.listing import visible
 from sivae_dist.errors import UserError
 
 _LONGEST_HEADER = 1 << 16  # of a .npy file; ours have some 100 bytes
@@ -29,8 +29,8 @@ def find_numbered(folder: Path, pattern: re.Pattern[str], below: str | None = No
     cannot be listed.
     """
     found: dict[int, str] = {}
-    for relative in ("", *(f for f in visible(folder)[0] if below and re.fullmatch(below, f))):
-        for name in visible(folder / relative)[1]:
+    for relative in ("", *(f for f in visible(folder).folders if below and re.fullmatch(below, f))):
+        for name in visible(folder / relative).files:
             if match := pattern.fullmatch(name):
                 path = f"{relative}/{name}" if relative else name
                 other = found.setdefault(int(match[1]), path)
