@@ -15,7 +15,8 @@ from sivae_dist.data.pack import pack as pack_source
 from sivae_dist.data.pack_shard import PackOptions
 from sivae_dist.data.pyramid import disagreements, levels_of
 from sivae_dist.data.shard_read import load_manifest
-from sivae_dist.data.sources.base import Recipe
+from sivae_dist.data.sources.base import Recipe, Source
+from sivae_dist.data.sources.listed import ListedSplit
 from sivae_dist.data.store import open_store
 from sivae_dist.data.verify import verify as verify_folder
 from sivae_dist.errors import UserError
@@ -39,6 +40,7 @@ def pack(
     shard_size: str = "auto",
     val_fraction: float = 0.0,
     val_count: int = 0,
+    val_list: Path | None = None,
     labels: bool = False,
     attribute: str = "",
     partial: bool = False,
@@ -62,6 +64,7 @@ def pack(
         shard_size: A number of samples (1000), a size (256MB), or auto: 1,024 samples or 256 MB, whichever is less.
         val_fraction: Part of the pictures to hold out for validation, chosen by their names.
         val_count: Number of pictures to hold out, instead of a fraction.
+        val_list: A text file with the names of the pictures to hold out, one a line; replaces the recipe's own split.
         labels: Take the first sub-folder of each picture as its class; of a zip its dataset.json, if it has labels.
         attribute: The attribute of CelebA-HQ that makes two classes, for example Smiling.
         partial: Pack a published data set although pictures are missing.
@@ -90,7 +93,10 @@ def pack(
     )
     recipe = recipe or ("zip" if place.is_file() else "folder")
     kind = component("sivae_dist.data.sources", Recipe, recipe, kind="recipe")
-    source = kind(root=place, title=name, license=license, labels=labels, attribute=attribute, partial=partial).build()
+    chosen = kind(root=place, title=name, license=license, labels=labels, attribute=attribute, partial=partial)
+    source: Source = chosen.build()
+    if val_list is not None:
+        source = ListedSplit(source, val_list)
     report = pack_source(source, destination, options, workers=workers)
     _tell(report, destination, options)
 
