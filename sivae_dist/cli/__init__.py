@@ -24,6 +24,7 @@ def commands() -> dict[str, Callable[..., object]]:
     # Here and below: the imports of one command must not cost another.
     from sivae_dist.cli import (  # noqa: PLC0415
         bench,
+        checkpoint,
         compare,
         data,
         diff,
@@ -36,7 +37,7 @@ def commands() -> dict[str, Callable[..., object]]:
         toy,
     )
 
-    parts = (data, scenes, evaluate, compare, diff, look, suggest, memory, bench, toy, import_published)
+    parts = (data, scenes, evaluate, compare, diff, checkpoint, look, suggest, memory, bench, toy, import_published)
     return {name: command for part in parts for name, command in part.COMMANDS.items()}
 
 

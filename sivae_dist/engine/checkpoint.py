@@ -187,10 +187,7 @@ def read(path: Path) -> Snapshot:
                 f"{path} has checkpoint format {state['format']!r:.80}, this version reads up to {FORMAT}",
                 "update sivae-dist",
             )
-        listing = _read_json(path / "files.json")
-        if set(listing) != set(FILES):
-            raise UserError(f"{path}/files.json does not list the files of a checkpoint", _RESTORE_ADVICE)
-        for name, facts in listing.items():
+        for name, facts in listed(path).items():
             if (path / name).stat().st_size != facts["bytes"] or _sha256(path / name) != facts["sha256"]:
                 raise UserError(f"{path / name} differs from what was written (size or sha256)", _RESTORE_ADVICE)
         _check_state(path / "state.json", state)
@@ -200,6 +197,39 @@ def read(path: Path) -> Snapshot:
         raise UserError(f"cannot read the checkpoint {path}: {error} is missing", _RESTORE_ADVICE) from error
     except (OSError, ValueError, TypeError, RecursionError, SafetensorError) as error:
         raise UserError(f"cannot read the checkpoint {path}: {error}"[:500], _RESTORE_ADVICE) from error
+
+
+def listed(path: Path) -> dict[str, dict[str, Any]]:
+    """What files.json of a checkpoint says of each file: bytes and sha256. Raises UserError when it is no such list."""
+    listing = _read_json(path / "files.json")
+    if set(listing) != set(FILES):
+        raise UserError(f"{path}/files.json does not list the files of a checkpoint", _RESTORE_ADVICE)
+    return listing
+
+
+def damage(path: Path, *, sizes_only: bool = False) -> list[str]:
+    """What is wrong with a checkpoint, one text a file; nothing where it is as it was written.
+
+    sizes_only: a quick look. Else every byte is read, checksums are compared, and all that a resume reads is read.
+    """
+    found: list[str] = []
+    try:
+        listing = listed(path)
+        _check_state(path / "state.json", _read_json(path / "state.json"))
+        for name, facts in listing.items():
+            if not (path / name).is_file():
+                found.append(f"{name} is missing")
+            elif (size := (path / name).stat().st_size) != facts["bytes"]:
+                found.append(f"{name} has {size} bytes, {facts['bytes']} were written")
+            elif not sizes_only and _sha256(path / name) != facts["sha256"]:
+                found.append(f"{name} has other bytes than were written (sha256)")
+        if not found and not sizes_only:
+            read(path)
+    except UserError as error:
+        found.append(error.what)
+    except (OSError, ValueError, TypeError, LookupError, RecursionError) as error:
+        found.append(f"cannot be read: {error if isinstance(error, OSError) else repr(error)}"[:300])
+    return found
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -230,10 +260,13 @@ _RESTORE_ADVICE = "resume from another checkpoint of the run (--resume PATH), or
 
 def complete(folder: Path) -> list[Path]:
     """The complete checkpoints in a run's checkpoint folder, oldest first."""
-    if not folder.is_dir():
-        return []
-    found = [path for path in folder.iterdir() if _NAME.fullmatch(path.name) and (path / "files.json").is_file()]
-    return sorted(found, key=nimg_of)
+    return [path for path in all_of(folder) if (path / "files.json").is_file()]
+
+
+def all_of(folder: Path) -> list[Path]:
+    """The folders with names of checkpoints, also of what something else has damaged, oldest first."""
+    found = [path for path in folder.iterdir() if _NAME.fullmatch(path.name)] if folder.is_dir() else []
+    return sorted((path for path in found if path.is_dir()), key=nimg_of)
 
 
 def name_of(nimg: int) -> str:

@@ -93,22 +93,35 @@ class CheckpointWriter:
 
     def _prune(self) -> None:
         found = checkpoint.complete(self.folder)
-        keep = set(found[-self.config.keep_last :])
-        current = checkpoint.latest(self.folder)
-        if current is not None:
-            keep.add(current)
-        best = best_checkpoint(self.config, found)
-        if best is not None:
-            keep.add(best)
-        if self.config.keep_every_kimg > 0:
-            first_of_slot: dict[int, Path] = {}
-            for path in found:
-                slot = int(checkpoint.nimg_of(path) / (self.config.keep_every_kimg * 1000))
-                first_of_slot.setdefault(slot, path)
-            keep.update(path for number, path in first_of_slot.items() if number > 0)
+        keep = kept(self.config, found, checkpoint.latest(self.folder))
         for path in found:
             if path not in keep:
                 checkpoint.remove(path)
+
+
+def kept(config: CheckpointConfig, found: list[Path], latest: Path | None) -> dict[Path, str]:
+    """Those of the checkpoints (oldest first) that stay, and why. latest: the one to resume from."""
+    keep: dict[Path, list[str]] = {}
+
+    def stays(path: Path, why: str) -> None:
+        keep.setdefault(path, []).append(why)
+
+    if latest is not None:
+        stays(latest, "latest")
+    best = best_checkpoint(config, found)
+    if best is not None:
+        stays(best, f"best {config.best}")
+    for path in found[-config.keep_last :]:
+        stays(path, f"last {config.keep_last}" if config.keep_last > 1 else "last")
+    if config.keep_every_kimg > 0:
+        first_of_slot: dict[int, Path] = {}
+        for path in found:
+            slot = int(checkpoint.nimg_of(path) / (config.keep_every_kimg * 1000))
+            first_of_slot.setdefault(slot, path)
+        for number, path in first_of_slot.items():
+            if number > 0:
+                stays(path, f"every {config.keep_every_kimg:g} kimg")
+    return {path: ", ".join(reasons) for path, reasons in keep.items()}
 
 
 def best_checkpoint(config: CheckpointConfig, found: list[Path]) -> Path | None:

@@ -1,0 +1,179 @@
+"""`sivae-dist checkpoint list | verify | prune` on a run folder with six checkpoints."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sivae_dist.cli import main
+from sivae_dist.config import from_dict, to_dict, to_yaml
+from sivae_dist.engine import checkpoint
+from sivae_dist.engine.checkpoint_writer import CheckpointConfig, CheckpointWriter
+from sivae_dist.engine.run_lock import RunLock
+
+PSNR = {100: 11.0, 200: 14.0, 300: 12.0, 400: None, 500: 13.0, 600: 12.5}
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """Nothing was removed while it trained; its settings keep the last two and the best."""
+    values = {"model": {"name": "mlp", "width": 4, "hidden_layers": 1}, "data": {"name": "toy2d"}}
+    config = from_dict(values, "test")
+    folder = tmp_path / "run"
+    (folder / "checkpoints").mkdir(parents=True)
+    (folder / "config.yaml").write_text(to_yaml(config))
+    model = config.model.build()
+    for nimg, psnr in PSNR.items():
+        metrics = {} if psnr is None else {"eval/psnr": psnr}
+        state = {"plan_salt": 0, "sums": {}, "data": "d", "config": to_dict(config), "metrics": metrics}
+        checkpoint.write(folder / "checkpoints", checkpoint.snapshot(nimg, model, model, {}, state))
+    return folder
+
+
+@pytest.fixture
+def command(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
+    def call(*arguments: object) -> tuple[int, str]:
+        status = 0
+        try:
+            main(["checkpoint", *map(str, arguments)])
+        except SystemExit as left:
+            status = int(left.code or 0)
+        said = capsys.readouterr()
+        return status, said.out + said.err
+
+    return call
+
+
+def names(run: Path) -> list[int]:
+    return [checkpoint.nimg_of(path) for path in checkpoint.all_of(run / "checkpoints")]
+
+
+def at(run: Path, nimg: int) -> Path:
+    return run / "checkpoints" / checkpoint.name_of(nimg)
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-9])
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 1
+    path.write_bytes(bytes(data))
+
+
+def test_list(run: Path, command: Any) -> None:
+    cut(at(run, 300) / "ema.safetensors")
+    flip(at(run, 400) / "ema.safetensors")  # the sizes tell nothing of it
+    status, said = command("list", run)
+    lines = said.splitlines()
+    assert status == 0 and len(lines) == 7
+    assert "0.200 kimg" in lines[1] and "best eval/psnr" in lines[1] and "eval/psnr 14" in lines[1]
+    assert "damaged" in lines[2] and "ema.safetensors has" in lines[3]
+    assert "latest" in lines[-1] and sum("latest" in line for line in lines) == 1
+    rows = json.loads(command("list", run, "--json")[1])
+    assert [row["good"] for row in rows] == [True, True, False, True, True, True]
+    assert rows[0]["bytes"] == sum(file.stat().st_size for file in at(run, 100).iterdir())
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (lambda p: flip(p / "optimizer.safetensors"), "optimizer.safetensors has other bytes"),
+        (lambda p: cut(p / "weights.safetensors"), "were written"),
+        (lambda p: (p / "ema.safetensors").unlink(), "ema.safetensors is missing"),
+        (lambda p: (p / "files.json").unlink(), "files.json"),
+        (lambda p: (p / "files.json").write_text("[]"), "expected keys and values"),
+        (lambda p: (p / "state.json").write_text("{"), "cannot be read"),
+    ],
+)
+def test_verify(run: Path, command: Any, damage: Callable[[Path], None], says: str) -> None:
+    assert command("verify", run)[0] == 0
+    damage(at(run, 500))
+    status, said = command("verify", run)
+    assert status == 1
+    assert said.count(": good (") == 5 and says in said
+    assert command("verify", at(run, 400))[0] == 0
+    status, said = command("verify", run, "--json")
+    assert status == 1 and [row["good"] for row in json.loads(said)].count(False) == 1
+
+
+def test_verify_reads_what_a_resume_reads(run: Path, command: Any) -> None:
+    """Right checksums around a state that no run can go on from."""
+    import hashlib
+
+    state = at(run, 500) / "state.json"
+    state.write_text(state.read_text().replace('"nimg": 500', '"nimg": -5'))
+    listing = json.loads((at(run, 500) / "files.json").read_text())
+    listing["state.json"] = {"bytes": state.stat().st_size, "sha256": hashlib.sha256(state.read_bytes()).hexdigest()}
+    (at(run, 500) / "files.json").write_text(json.dumps(listing))
+    status, said = command("verify", at(run, 500))
+    assert status == 1 and "has nimg = -5" in said
+
+
+@pytest.mark.parametrize(
+    ("options", "stay"),
+    [
+        ((), [200, 500, 600]),
+        (("--keep-last", 1), [200, 600]),
+        (("--keep-last", 1, "--best", "none"), [600]),
+        (("--keep-last", 1, "--best-is", "min"), [100, 600]),
+        (("--keep-last", 1, "--best", "none", "--keep-every-kimg", 0.2), [200, 400, 600]),
+    ],
+)
+def test_prune(run: Path, command: Any, options: tuple[object, ...], stay: list[int]) -> None:
+    status, said = command("prune", run, *options, "--dry-run")
+    assert status == 0 and said.count("would remove") == 6 - len(stay)
+    assert names(run) == list(PSNR)
+    assert command("prune", run, *options)[0] == 0
+    assert names(run) == stay
+    assert not list((run / "checkpoints").glob(".*"))
+    assert command("verify", run)[0] == 0
+
+
+def test_prune_does_as_the_training_does(run: Path, command: Any, tmp_path: Path) -> None:
+    writer = CheckpointWriter(CheckpointConfig(background=False), tmp_path / "kept")
+    for path in checkpoint.all_of(run / "checkpoints"):
+        writer.save(checkpoint.read(path))
+    command("prune", run)
+    assert sorted(p.name for p in (tmp_path / "kept").glob("nimg-*")) == [
+        p.name for p in checkpoint.all_of(run / "checkpoints")
+    ]
+
+
+def test_prune_never_takes_the_latest_good_one(run: Path, command: Any) -> None:
+    """The newest two are damaged, so the one before them is what a run can go on from."""
+    flip(at(run, 600) / "weights.safetensors")
+    cut(at(run, 500) / "state.json")
+    status, said = command("prune", run, "--keep-last", 1, "--best", "none", "--json")
+    told = json.loads(said)
+    assert status == 0 and told["keeps"] == {"nimg-000000400": "latest, last"}
+    assert told["damaged"] == ["nimg-000000500", "nimg-000000600"]
+    assert names(run) == [400, 500, 600]
+    assert checkpoint.latest(run / "checkpoints") == at(run, 400)
+    assert command("prune", run, "--keep-last", 1, "--best", "none", "--damaged")[0] == 0
+    assert names(run) == [400]
+
+
+def test_what_is_refused(run: Path, command: Any, tmp_path: Path) -> None:
+    for words in ("list", "verify", "prune"):
+        status, said = command(words, tmp_path / "nothing")
+        assert status == 2 and "there is no checkpoint in" in said
+    assert command("prune", run, "--keep-last", 0)[0] == 2
+    lock = RunLock(run)
+    try:
+        status, said = command("prune", run)
+        assert status == 2 and "another run is going on" in said
+    finally:
+        lock.release()
+    assert names(run) == list(PSNR)
+
+
+def test_torch_is_not_asked_to_unpickle(run: Path, monkeypatch: pytest.MonkeyPatch, command: Any) -> None:
+    monkeypatch.setattr(torch, "load", None)
+    assert command("verify", run)[0] == 0
