@@ -194,14 +194,14 @@ class ShardStream:
         pictures = Pictures(self._train, self._slots(start, size if isinstance(size, int) else size(start)))
         return self._start(_Batches(pictures, positions, self.config, self.config.workers))
 
-    def _slots(self, start: int, size: int) -> Slots | None:
-        """Shared memory for this rank's part of batches of `size` and a little more, as parts differ in size."""
-        if not self.config.workers:
-            return None
+    def _slots(self, start: int, size: int) -> Slots:
+        """Memory for this rank's part of batches of `size` and a little more, as parts differ in size."""
+        workers = self.config.workers
         parts = [len(self.plan.owned(start + i * size, size, self.rank, self.ranks)) for i in range(8)]
         count = max(parts) + (self.ranks > 1)
         # All that a worker may prepare, the batch in hand and the one before it.
-        return Slots(self.config.workers, self.config.prefetch + 2, count * self._train.sample_bytes())
+        each = self.config.prefetch + 2 if workers else 2
+        return Slots(max(1, workers), each, count * self._train.sample_bytes())
 
     def held_out(self, limit: int, batch: int = 32) -> list[HostBatch]:
         """Every ranks-th of the first `limit` samples of `held_out_split`; position is the number in shard order."""

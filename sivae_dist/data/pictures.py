@@ -83,10 +83,10 @@ class Pictures(Dataset[HostBatch]):
             return Failure(error.what, error.fix)
 
     def _slot(self, count: int) -> Place | None:
-        info = get_worker_info()
-        if self.slots is None or info is None or not count:
+        if self.slots is None or not count:
             return None
-        return self.slots.take(info.id, count * self.settings.sample_bytes())
+        info = get_worker_info()
+        return self.slots.take(0 if info is None else info.id, count * self.settings.sample_bytes())
 
     def _batch(self, positions: npt.NDArray[np.int64], place: Place | None) -> HostBatch | SharedBatch:
         s = self.settings

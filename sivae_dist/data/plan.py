@@ -23,6 +23,8 @@ Int64 = npt.NDArray[np.int64]
 
 _EPOCHS_KEPT = 4  # a batch straddles two epochs; prefetching workers may be a little apart
 _CELLS_AT_ONCE = 1 << 21  # bounds the memory of the window shuffle when very many positions are asked for together
+_FEW = 1024  # positions that are looked up window by window, as the batches of a rank are
+_CELLS_KEPT = 1 << 19  # numbers of 4 bytes: windows are asked for again and again until they are used up
 _INVALID = np.uint64(0xFFFFFFFFFFFFFFFF)
 
 
@@ -35,6 +37,7 @@ class _Epoch:
     start: Int64  # (L,) sequence number where the lane's run begins
     phase: Int64  # (L,) how far into its first window the lane begins
     window_key: int
+    orders: OrderedDict[int, tuple[npt.NDArray[np.int32], int]]  # of windows asked for lately: as `_window_orders`
 
 
 class Plan:
@@ -108,7 +111,7 @@ class Plan:
         # A random phase moves the window borders from epoch to epoch. A lane that fits one window keeps it whole.
         draws = hash64(key(self.seed, *purpose, "phase"), np.arange(self.lanes, dtype=np.uint64))
         phase = np.where(sizes > self.window, (draws % np.uint64(self.window)).astype(np.int64), 0)
-        tables = _Epoch(order, first, start, phase, key(self.seed, *purpose, "window"))
+        tables = _Epoch(order, first, start, phase, key(self.seed, *purpose, "window"), OrderedDict())
         self._cache[epoch] = tables
         while len(self._cache) > _EPOCHS_KEPT:
             self._cache.popitem(last=False)
@@ -127,7 +130,11 @@ class Plan:
         window of a lane are partial; their missing slots sort to the end.
         """
         slot = step + tables.phase[lane]
-        windows, which = np.unique((lane * self._slots + slot) // self.window, return_inverse=True)
+        numbers = (lane * self._slots + slot) // self.window
+        if len(step) <= min(_FEW, _CELLS_KEPT // self.window):
+            offset = slot % self.window
+            return step + self._from_kept(tables, numbers, offset) - offset
+        windows, which = np.unique(numbers, return_inverse=True)
         result = np.empty_like(step)
         chunk = max(1, _CELLS_AT_ONCE // self.window)
         by_window = np.argsort(which, kind="stable")
@@ -140,6 +147,21 @@ class Plan:
             chosen = order[row, offset - low[row]]
             result[picked] = step[picked] + chosen - offset
         return result
+
+    def _from_kept(self, tables: _Epoch, windows: Int64, offsets: Int64) -> Int64:
+        """Which slot of its window is served at each offset; the windows' orders are kept for the next time."""
+        kept = tables.orders
+        if missing := list(dict.fromkeys(w for w in windows.tolist() if w not in kept)):
+            orders, lows = self._window_orders(tables, np.array(missing, dtype=np.int64))
+            kept.update(zip(missing, zip(orders.astype(np.int32), lows.tolist(), strict=True), strict=True))
+        chosen = np.empty_like(offsets)
+        for place, (window, offset) in enumerate(zip(windows.tolist(), offsets.tolist(), strict=True)):
+            order, low = kept[window]
+            chosen[place] = order[offset - low]
+            kept.move_to_end(window)
+        while len(kept) * self.window > _CELLS_KEPT:
+            kept.popitem(last=False)
+        return chosen
 
     def _window_orders(self, tables: _Epoch, windows: Int64) -> tuple[Int64, Int64]:
         """For each window its slots in the order they are served, (G, window), and its first valid slot, (G,)."""

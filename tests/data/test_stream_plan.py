@@ -172,3 +172,22 @@ def test_bad_plans_are_refused(arguments, text):
 def test_negative_positions_are_refused():
     with pytest.raises(ValueError, match="negative"):
         Plan([5]).locate(np.array([-1]))
+
+
+@given(COUNTS, LANES, WINDOW, st.integers(0, 200))
+@settings(max_examples=40, deadline=None)
+def test_windows_that_are_kept_are_those_computed_anew(counts, lanes, window, start):
+    """Also with room for hardly any, so that they come and go."""
+    positions = np.arange(start, start + 90)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sivae_dist.data.plan._FEW", 0)
+        anew = Plan(counts, lanes=lanes, window=window, seed=9).locate(positions)
+    for cells in (1 << 19, 3 * window):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("sivae_dist.data.plan._CELLS_KEPT", cells)
+            plan = Plan(counts, lanes=lanes, window=window, seed=9)
+            for begin in range(0, 90, 3):
+                kept = plan.locate(positions[begin : begin + 3])
+                np.testing.assert_array_equal(kept[0], anew[0][begin : begin + 3])
+                np.testing.assert_array_equal(kept[1], anew[1][begin : begin + 3])
+            assert all(len(e.orders) * plan.window <= cells for e in plan._cache.values())

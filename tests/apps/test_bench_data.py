@@ -1,0 +1,73 @@
+"""`bench data` compares ways to get the same pictures."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from typing import Any
+
+import pytest
+import torch
+
+from sivae_dist.apps.bench import data as bench
+from sivae_dist.cli import main
+from sivae_dist.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> bench.Pictures:
+    root = tmp_path_factory.mktemp("bench")
+    return bench.laid_out(bench.draw(root / "shards", 32, 24, 2.0), root / "files")
+
+
+def epoch(contender: bench.Contender, batch: int, count: int) -> list[str]:
+    """Hashes of the pictures of the first `count` batches."""
+    batches = list(itertools.islice(contender.batches(), count))
+    contender.close()
+    pixels = torch.cat([bench._pixels(b).contiguous() for b in batches])
+    assert pixels.shape == (batch * count, 3, 32, 32)
+    assert pixels.dtype == torch.uint8
+    return sorted(hashlib.sha256(p.numpy().tobytes()).hexdigest() for p in pixels)
+
+
+def test_all_deliver_the_same_pictures(pictures: bench.Pictures) -> None:
+    """An epoch of each holds the same pixels, every picture once."""
+    expected = epoch(bench.ours(pictures, 0, 8, "pillow"), 8, 3)
+    assert len(set(expected)) == 24
+    assert epoch(bench.folder(pictures, 0, 8), 8, 3) == expected
+    assert epoch(bench.stock_webdataset(pictures, 0, 8), 8, 3) == expected
+    assert [len(p) for p in pictures.encoded] == [f.stat().st_size for f in sorted(pictures.folder.iterdir())]
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("workers", [0, 1])
+def test_every_way_is_timed(pictures: bench.Pictures, workers: int) -> None:
+    rows = bench.run(pictures, workers, batch=4, seconds=0.02, turns=1)
+    names = {row.name.split(",")[0] for row in rows}
+    assert names == {bench.BARE, "sivae-dist", "webdataset", "folder of files"}
+    assert all(row.images_per_s > 0 and row.cpu_ms > 0 and row.of_bare > 0 for row in rows)
+    assert rows[0].of_bare == rows[0].wall_of_bare == 1
+
+
+def test_too_few_pictures_are_refused(pictures: bench.Pictures) -> None:
+    with pytest.raises(UserError, match="24 pictures for batches of 16"):
+        bench.run(pictures, 0, batch=16, seconds=0.01, turns=1)
+
+
+def test_the_command(pictures: bench.Pictures, capsys: pytest.CaptureFixture[str]) -> None:
+    common = ["--url", pictures.url, "--workers", "0", "--batch", "4", "--seconds", "0.01", "--turns", "1"]
+    main(["bench", "data", *common, "--json"])
+    rows: list[dict[str, Any]] = json.loads(capsys.readouterr().out)
+    assert {row["resolution"] for row in rows} == {32}
+    main(["bench", "data", *common])
+    out = capsys.readouterr().out
+    assert "24 pictures of" in out
+    assert "webdataset" in out
+
+
+def test_grain_makes_larger_files(tmp_path: Any) -> None:
+    plain, grainy = (
+        bench.laid_out(bench.draw(tmp_path / f"s{grain}", 64, 8, grain), tmp_path / f"f{grain}") for grain in (0, 4)
+    )
+    assert grainy.kilobytes > 1.2 * plain.kilobytes
