@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,11 @@ MODELS = components("sivae_dist.models", ModelConfig)
 TOLERANCE = 0.1
 MIB = 1 << 20
 CONVOLUTIONS = {"aten::convolution", "aten::convolution_backward"}
+
+
+def quick_or_slow(names: Iterable[str], quick: set[str]) -> list[Any]:
+    """All names, those that are not quick as slow tests."""
+    return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
 def run_config(name: str, **sections: Any) -> RunConfig:
@@ -60,13 +66,14 @@ def allocated(action: Any) -> int:
 
 
 @pytest.mark.parametrize("dtype, recompute_from", [("fp32", None), ("bf16", 0)])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", quick_or_slow(MODELS, quick={"mlp", "residual"}))
 def test_prediction_is_what_a_training_step_allocates(name: str, dtype: Any, recompute_from: int | None) -> None:
     case = Case(run_config(name, train={"recompute_from": recompute_from}), 8, dtype)
     predicted = predict(case).total
     assert allocated(lambda: follow(case, iterations=2)) == pytest.approx(predicted, rel=TOLERANCE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["residual", "style"])
 def test_prediction_with_micro_batches_on_two_processes(name: str) -> None:
     """Synchronised batch norm and buckets of gradients are those of two; six images in three passes."""
@@ -79,6 +86,7 @@ def test_an_image_cannot_be_split() -> None:
     assert predict(often) == predict(once)
 
 
+@pytest.mark.slow
 def test_prediction_of_a_level() -> None:
     case = Case(run_config("style"), 8, "fp32", level=1)
     told = predict(case)
