@@ -19,6 +19,7 @@ from sivae_dist.data.toy2d import EXTENT, Toy2dStream
 from sivae_dist.engine.load import Trained, load
 from sivae_dist.engine.precision import Precision
 from sivae_dist.engine.run_folder import write_atomic, write_json
+from sivae_dist.errors import UserError
 from sivae_dist.evaluation import plots2d, toy2d
 from sivae_dist.evaluation.grids import save_png
 
@@ -29,6 +30,8 @@ SAMPLES = 100_000  # of data and model in the divergences in nats
 SHOWN = 2000  # points of a scatter
 FIGURE_GRID = 256  # a side, in pixels
 _REAL, _OTHER = 0, SAMPLES  # first held-out number of the data, and of a second draw that tells the floor
+
+Row = dict[str, Any]
 
 # Key -> (heading, format). All are better when lower.
 MEASURES = {
@@ -88,26 +91,65 @@ def measure(trained: Trained, job: Job) -> dict[str, float]:
     return values
 
 
-def table(jobs: Sequence[Job], results: Sequence[dict[str, Any]]) -> str:
+def rows_of(jobs: Sequence[Job]) -> list[Row]:
+    """What toy.json tells of each: measures, last losses, and which model it is. Measures what was not yet."""
+    return [{"density": j.density, "objective": j.objective, "seed": j.seed, **measured(j)} for j in jobs]
+
+
+def settings(jobs: Sequence[Job]) -> dict[str, Any]:
+    """What must agree between jobs whose rows share a table, by density and objective."""
+    return {
+        f"{job.density}-{job.objective}": {
+            "objective": dataclasses.asdict(job.config.objective),
+            "train": {"kimg": job.config.train.kimg, "batch": job.config.train.batch},
+            "optim": dataclasses.asdict(job.config.optim),
+        }
+        for job in jobs
+    }
+
+
+def rows_from(path: Path, jobs: Sequence[Job]) -> list[Row]:
+    """Rows of another toy.json, for the densities and objectives of `jobs`.
+
+    Rows of models that are among the jobs are left out. Raises UserError where settings are not those of the jobs.
+    """
+    fix = "give the toy.json that `sivae-dist toy` wrote with the same --iterations"
+    try:
+        known = json.loads(path.read_text(encoding="utf-8"))
+        rows, theirs = list(known["runs"]), dict(known["settings"])
+        own = {(job.density, job.objective, job.seed) for job in jobs}
+        others = [row for row in rows if (row["density"], row["objective"], row["seed"]) not in own]
+        names = [f"{row['density']}-{row['objective']}" for row in others]
+        if not all(isinstance(row.get(key, 0.0), int | float) for row in others for key in (*MEASURES, "nimg", "seed")):
+            raise ValueError("a measure is no number")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} holds no results of the 2-D experiments ({error!s:.200})", fix) from error
+    mine = json.loads(json.dumps(settings(jobs)))  # tuples as JSON has them
+    for name in names:
+        if name in mine and theirs.get(name) != mine[name]:
+            raise UserError(f"{path} has results of {name} with other settings than those of this run", fix)
+    return [row for row, name in zip(others, names, strict=True) if name in mine]
+
+
+def table(rows: Sequence[Row]) -> str:
     """Markdown: for each measure densities by objectives, mean +- standard deviation over seeds."""
-    objectives = list(dict.fromkeys(job.objective for job in jobs))
-    seeds = sorted({job.seed for job in jobs})
-    lines = [f"{len(seeds)} seed(s), {max(r['nimg'] for r in results)} points each; lower is better everywhere", ""]
+    objectives = list(dict.fromkeys(row["objective"] for row in rows))
+    seeds: dict[tuple[str, str], list[int]] = {}
+    for row in rows:
+        seeds.setdefault((row["density"], row["objective"]), []).append(row["seed"])
+    counts = sorted({len(found) for found in seeds.values()})
+    told = f"{counts[0]} seed(s)" if len(counts) == 1 else f"{counts[0]} to {counts[-1]} seeds, see toy.json"
+    lines = [f"{told}, {max(row['nimg'] for row in rows)} points each; lower is better everywhere", ""]
     for key, (heading, pattern) in MEASURES.items():
-        floor = f"{key}_floor" in results[0]
+        floor = f"{key}_floor" in rows[0]
         columns = [heading, *objectives, *(["two draws of the data"] if floor else [])]
         lines += ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
-        for density in dict.fromkeys(job.density for job in jobs):
+        for density in dict.fromkeys(row["density"] for row in rows):
+            mine = [row for row in rows if row["density"] == density]
             cells: list[str] = [density]
             for objective in objectives:
-                chosen = [
-                    r.get(key, math.nan)
-                    for job, r in zip(jobs, results, strict=True)
-                    if (job.density, job.objective) == (density, objective)
-                ]
-                cells.append(spread(chosen, pattern))
+                cells.append(spread([r.get(key, math.nan) for r in mine if r["objective"] == objective], pattern))
             if floor:
-                mine = [r for job, r in zip(jobs, results, strict=True) if job.density == density]
                 cells.append(pattern.format(mine[0][f"{key}_floor"]))
             lines.append("| " + " | ".join(cells) + " |")
         lines.append("")
@@ -124,10 +166,10 @@ def spread(values: Sequence[float], pattern: str) -> str:
     return text + (f" ({len(values) - len(there)} of {len(values)} failed)" if len(there) < len(values) else "")
 
 
-def figures(jobs: Sequence[Job], results: Sequence[dict[str, Any]], out: Path) -> None:
-    """samples.png and density.png: densities by objectives, models of the lowest seed."""
+def figures(jobs: Sequence[Job], rows: Sequence[Row], out: Path) -> None:
+    """samples.png and density.png: densities by objectives, models of the lowest seed. rows: those of the jobs."""
     seed = min(job.seed for job in jobs)
-    chosen = {(job.density, job.objective): (job, r) for job, r in zip(jobs, results, strict=True) if job.seed == seed}
+    chosen = {(job.density, job.objective): (job, r) for job, r in zip(jobs, rows, strict=True) if job.seed == seed}
     densities = list(dict.fromkeys(density for density, _ in chosen))
     objectives = list(dict.fromkeys(objective for _, objective in chosen))
     scatters, heats, captions = [], [], []
@@ -146,25 +188,28 @@ def figures(jobs: Sequence[Job], results: Sequence[dict[str, Any]], out: Path) -
             heats[-1].append(plots2d.heat(torch.exp(-on_grid).reshape(FIGURE_GRID, FIGURE_GRID)))
             captions[-1].append(f"JSD {result.get('hist_jsd', math.nan):.3f}, NLL {result['grid_nll']:.2f}")
     labels = ["data", *objectives]
-    below = f"seed {seed}, {max(r['nimg'] for r in results)} points seen"
-    for name, rows, title in (
+    below = f"seed {seed}, {max(r['nimg'] for r in rows)} points seen"
+    for name, pictures, title in (
         ("samples", scatters, f"{SHOWN} samples; {below}"),
         ("density", heats, f"exp(ELBO), each from its least to its largest value (data: log of counts); {below}"),
     ):
-        picture = sheet(rows, title=title, row_labels=densities, column_labels=labels, captions=captions)
+        picture = sheet(pictures, title=title, row_labels=densities, column_labels=labels, captions=captions)
         save_png(out / f"{name}.png", picture)
 
 
-def write(jobs: Sequence[Job], out: Path) -> str:
-    """Measures all jobs, writes toy.md, toy.json, samples.png and density.png. Returns the table."""
-    results = [measured(job) for job in jobs]
-    text = table(jobs, results)
-    rows = [
-        {"density": job.density, "objective": job.objective, "seed": job.seed, **result}
-        for job, result in zip(jobs, results, strict=True)
-    ]
-    settings = {f"{j.density}-{j.objective}": dataclasses.asdict(j.config.objective) for j in jobs}
+def write(jobs: Sequence[Job], out: Path, also: Sequence[Path] = ()) -> str:
+    """Measures all jobs, writes toy.md, toy.json, samples.png and density.png. Returns the table.
+
+    also: other toy.json files whose rows enter the table and the new toy.json. Figures show the jobs.
+    """
+    more = [row for path in also for row in rows_from(path, jobs)]
+    own = rows_of(jobs)
+    seen: dict[tuple[str, str, int], Row] = {}
+    for row in [*own, *more]:
+        seen.setdefault((row["density"], row["objective"], row["seed"]), row)
+    rows = list(seen.values())
+    text = table(rows)
     write_atomic(out / "toy.md", text + "\n")
-    write_json(out / "toy.json", {"runs": rows, "objectives": settings})
-    figures(jobs, results, out)
+    write_json(out / "toy.json", {"runs": rows, "settings": settings(jobs)})
+    figures(jobs, own, out)
     return text

@@ -19,6 +19,7 @@ def toy(
     first_seed: int = 0,
     iterations: int | None = None,
     jobs: int = 1,
+    also: tuple[Path, ...] = (),
     out: Path = Path("runs/toy"),
 ) -> None:
     """Train the papers' 2-D experiments and compare them; the same command goes on where it was stopped.
@@ -31,6 +32,7 @@ def toy(
         first_seed: The first seed.
         iterations: Iterations of 512 points, instead of the published 30000; schedules shrink in proportion.
         jobs: Models trained at once, one thread each.
+        also: Other toy.json files, of models trained elsewhere with the same settings, whose rows enter the table.
         out: Folder for the runs, the table (toy.md, toy.json) and the figures (samples.png, density.png).
     """
     if not (all or density or objective):
@@ -49,7 +51,7 @@ def toy(
         iterations=iterations,
     )
     app.train(chosen, out, at_once=jobs)
-    print(report.write(chosen, out))
+    print(report.write(chosen, out, also))
     print(f"\nwritten: toy.md, toy.json, samples.png and density.png in {out}")
 
 

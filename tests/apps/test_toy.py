@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -92,6 +93,10 @@ def test_trains_goes_on_and_reports(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     table = toy_report.write(jobs, out)
     assert (out / "toy.md").read_text() == table + "\n"
     rows = json.loads((out / "toy.json").read_text())["runs"]
+    elsewhere = tmp_path / "elsewhere.json"
+    (out / "toy.json").rename(elsewhere)
+    assert toy_report.write(jobs[:1], tmp_path, [elsewhere]).startswith("1 seed(s)")  # of the other objective none
+    assert toy_report.write(jobs, out, [elsewhere]) == table
     assert [row["objective"] for row in rows] == ["vae", "soft_introvae"]
     for row in rows:
         assert all(math.isfinite(row[key]) for key in toy_report.MEASURES)
@@ -146,15 +151,39 @@ def test_how_far_a_run_came(job: Job, text: str, reached: int) -> None:
     assert not job.finished()
 
 
-def row(**values: float) -> dict[str, float]:
-    return {"nimg": 512, "hist_kl_floor": 0.01, "hist_jsd_floor": 0.001, "grid_nll": 1.0, **values}
+def row(objective: str, seed: int, **values: float) -> dict[str, Any]:
+    known = {"nimg": 512, "hist_kl_floor": 0.01, "hist_jsd_floor": 0.001, "grid_nll": 1.0}
+    return {"density": "rings", "objective": objective, "seed": seed, **known, **values}
 
 
-def test_table_shows_spread_and_failures(tmp_path: Path) -> None:
-    jobs = toy.plan(tmp_path, ("rings",), ("vae", "introvae"), seeds=range(2))
-    text = toy_report.table(jobs, [row(hist_kl=1.0), row(), row(hist_kl=2.0), row(hist_kl=3.0)])
+def test_table_shows_spread_and_failures() -> None:
+    rows = [row("vae", 0, hist_kl=1.0), row("introvae", 0), row("vae", 1, hist_kl=2.0), row("introvae", 1, hist_kl=3.0)]
+    text = toy_report.table(rows)
+    assert text.startswith("2 seed(s), 512 points")
     assert "| rings | 1.500 ± 0.707 | 3.000 (1 of 2 failed) | 0.010 |" in text
     assert "| rings | - | - |" in text
+    assert toy_report.table(rows[:-1]).startswith("1 to 2 seeds")
+
+
+def test_rows_of_models_trained_elsewhere(tmp_path: Path, job: Job) -> None:
+    path = tmp_path / "theirs.json"
+
+    def given(rows: list[dict[str, Any]], **changes: Any) -> list[dict[str, Any]]:
+        path.write_text(json.dumps({"runs": rows, "settings": toy_report.settings([job]) | changes}))
+        return toy_report.rows_from(path, [job])
+
+    others = [row("vae", 1), row("vae", 2)]
+    assert given([row("vae", 0), *others, row("introvae", 1)]) == others  # the job's own, and what is not asked for
+    with pytest.raises(UserError, match="rings-vae with other settings"):
+        given(others, **{"rings-vae": {"train": {"kimg": 1}}})
+    for wrong in ("", "[]", "{}", '{"runs": 3, "settings": {}}', '{"runs": [{}], "settings": {}}'):
+        path.write_text(wrong)
+        with pytest.raises(UserError, match="no results of the 2-D experiments"):
+            toy_report.rows_from(path, [job])
+    with pytest.raises(UserError, match="no number"):
+        given([row("vae", 1) | {"hist_kl": "0"}])
+    with pytest.raises(UserError, match="no results"):
+        toy_report.rows_from(tmp_path / "none.json", [job])
 
 
 def test_wrong_options_are_told(tmp_path: Path, told: Callable[..., str]) -> None:
