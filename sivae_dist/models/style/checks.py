@@ -2,16 +2,31 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from sivae_dist.errors import UserError
 
-if TYPE_CHECKING:
-    from sivae_dist.models.modulated.config import ModulatedConfig
-    from sivae_dist.models.style.config import StyleConfig
+
+class StyledSettings(Protocol):
+    """What the configurations of style-based autoencoders have in common, as far as it is checked here."""
+
+    @property
+    def image_size(self) -> int:
+        """Pixels a side."""
+        ...
+
+    @property
+    def input_range(self) -> tuple[float, float]:
+        """Lowest and highest value of a pixel."""
+        ...
+
+    @property
+    def truncation_cutoff(self) -> int:
+        """Layers whose styles are truncated."""
+        ...
 
 
-def check_styled(config: StyleConfig | ModulatedConfig, *widths: str) -> None:
+def check_styled(config: StyledSettings, *widths: str) -> None:
     """Raises UserError for values that make no network. widths: the fields that say how many feature maps there are."""
     for field in ("channels_in", *widths, "latent_size", "mapping_layers"):
         if getattr(config, field) < 1:
