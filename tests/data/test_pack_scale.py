@@ -68,7 +68,7 @@ def kill_until_done(raw: Path, destination: Path, dice: random.Random, longest: 
         for pid in victims:
             os.kill(pid, signal.SIGKILL)
         if whom == "worker":
-            process.join(60)
+            process.join(240)  # long: a busy disk may take its time for every fsync
             assert not process.is_alive(), "it hangs when a worker is killed"
         process.kill()
         process.join()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -128,6 +129,32 @@ def test_interrupted_between_any_two_writes_it_goes_on(pyramid, tmp_path, monkey
             monkeypatch.setattr(pack_module, "write_atomically", real)
             packed_quietly(source, destination, options)
             assert tree(destination) == tree(pyramid / "out"), (name, nth)
+
+
+def test_a_shard_is_safe_on_the_disk_before_the_note_that_says_so(tmp_path, monkeypatch):
+    done: list[str] = []
+    sync, replace = os.fsync, os.replace
+
+    def note_sync(descriptor):
+        done.append(f"sync {Path(os.readlink(f'/proc/self/fd/{descriptor}')).relative_to(tmp_path / 'out')}")
+        sync(descriptor)
+
+    def note_move(source, target):
+        done.append(f"move {Path(target).relative_to(tmp_path / 'out')}")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", note_sync)
+    monkeypatch.setattr(os, "replace", note_move)
+    packed_quietly(FolderSource(draw_folder(tmp_path / "raw", 2)), tmp_path / "out", PackOptions((8, 16)))
+    note = done.index("move .pack/shard-000000.done")
+    for level in ("8", "16"):
+        for end in ("tar", "index"):
+            written = next(
+                n for n, what in enumerate(done) if what.startswith(f"sync .pack/{level}/shard-000000.{end}")
+            )
+            moved = done.index(f"move {level}/shard-000000.{end}")
+            assert written < moved < done.index(f"sync {level}", moved) < note
+        assert note < done.index("sync .pack", note) < done.index(f"move {level}/manifest.json")
 
 
 def test_a_lost_shard_of_one_resolution_is_made_again(pyramid, tmp_path, monkeypatch):

@@ -116,7 +116,8 @@ def shared_stems(files: SortedNames | list[str]) -> Callable[[str], bool]:
     Hashes of 64 bits stand for the names, so that millions take 8 bytes each; two that collide are taken for shared,
     which makes their keys longer and nothing else.
     """
-    if len({os.path.splitext(file)[1] for file in files}) <= 1:
+    endings = {os.path.splitext(file)[1] for file in files} if isinstance(files, list) else files.endings
+    if len(endings) <= 1:
         return lambda _: False
     hashes = np.sort(np.fromiter((_hash(os.path.splitext(file)[0]) for file in files), np.uint64))
     twice = np.unique(hashes[1:][hashes[1:] == hashes[:-1]])

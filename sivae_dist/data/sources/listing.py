@@ -61,12 +61,14 @@ def visible(folder: Path, wanted: Callable[[str], bool] | None = None, tell: Tel
 
 
 class SortedNames:
-    """File names in order, packed into bytes; may be gone through any number of times."""
+    """File names in order, packed into bytes; may be gone through any number of times. endings: their extensions."""
 
     def __init__(self, names: Iterable[str]) -> None:
         self._runs: list[bytes] = []
+        self.endings: set[str] = set()
         batch: list[str] = []
         for name in names:
+            self.endings.add(os.path.splitext(name)[1])
             batch.append(name)
             if len(batch) == _RUN:
                 self._add(batch)
