@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from sivae_dist.data.augment import Drawn
+from sivae_dist.data.faults import Report
 
 
 @dataclass
@@ -40,18 +41,20 @@ class HostBatch:
     data:     (B, C, H, W) uint8, 0..255, in any layout; or floating point of any shape, passed on unchanged (points)
     position: (B,) int64; may be empty when this rank owns no sample of the global batch
     augment:  random changes that `to` makes to the pictures, or None
+    report:   what reading it met (faults, attempts), or None
     """
 
     data: Tensor
     position: Tensor
     label: Tensor | None = None
     augment: Drawn | None = None
+    report: Report | None = None
 
     def pin_memory(self) -> HostBatch:
         """Page-locked copy, so that `to` overlaps with computation (torch's DataLoader calls this)."""
         label = None if self.label is None else self.label.pin_memory()
         augment = None if self.augment is None else self.augment.pin_memory()
-        return HostBatch(self.data.pin_memory(), self.position.pin_memory(), label, augment)
+        return HostBatch(self.data.pin_memory(), self.position.pin_memory(), label, augment, self.report)
 
     def to(
         self,
@@ -117,3 +120,7 @@ class DataConfig:
     def build(self, *, seed: int, salt: int, rank: int, ranks: int) -> Stream:
         """seed, salt: key the plan's permutations; a changed salt gives other batches for the same position."""
         raise NotImplementedError
+
+    def losses_allowed(self, nimg: int, epoch_size: int) -> float:
+        """How many slots may have got another sample than theirs, after nimg images."""
+        return 0.0

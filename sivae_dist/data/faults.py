@@ -17,6 +17,19 @@ from sivae_dist.errors import UserError
 REASONS = ("missing", "truncated", "crc", "index", "decode")
 
 
+# Events on the way to the data, counted: attempts repeated, ranges read again since they were damaged on the way, ...
+EVENTS = (
+    "retries",
+    "reread",
+    "fetched_bytes",
+    "cache_hits",
+    "cache_misses",
+    "cache_refused",
+    "cache_damaged",
+    "cache_evicted",
+)
+
+
 class DataError(UserError):
     """Something in the data is not as it was packed. reason: one of REASONS; data: the bytes concerned, if there."""
 
@@ -36,7 +49,7 @@ class StorageError(UserError):
 
 @dataclass(frozen=True)
 class Fault:
-    """A training slot whose sample could not be used. data: its bytes, where they are to be kept."""
+    """A slot whose sample could not be used. keep: whether it is to be put aside, with data, its bytes, if there."""
 
     position: int
     shard: str
@@ -44,6 +57,7 @@ class Fault:
     key: str
     reason: str
     what: str
+    keep: bool = False
     image_format: str = ""
     data: bytes = field(default=b"", repr=False)
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+import sys
+import typing
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -13,14 +16,19 @@ from torch.utils.data import DataLoader
 from sivae_dist.data import jpeg
 from sivae_dist.data.augment import Augmentation, Fill
 from sivae_dist.data.base import DataConfig, HostBatch
+from sivae_dist.data.faults import Fault
 from sivae_dist.data.jpeg import DecoderName
 from sivae_dist.data.pictures import Failure, Pictures, Settings, SharedBatch
 from sivae_dist.data.plan import Plan
 from sivae_dist.data.procs import die_with_parent
+from sivae_dist.data.replace import OnError, Tolerance
 from sivae_dist.data.shard_read import load_manifest
 from sivae_dist.data.slots import Slots
 from sivae_dist.data.store import Access, open_store
+from sivae_dist.data.watch import Watch
 from sivae_dist.errors import UserError
+
+log = logging.getLogger("sivae_dist")
 
 
 @dataclass(frozen=True)
@@ -58,6 +66,12 @@ class ShardsConfig(DataConfig):
     timeout_s: int = 300
     """A batch that takes longer than this is an error instead of a hang. Less than distributed.timeout_s, within which
     the other ranks wait for it: so all can save before they end."""
+    on_error: OnError = "raise"
+    """What a damaged or missing picture does: raise ends the run; skip gives its slot another picture, always the same
+    one; quarantine does so too and keeps a record, and its bytes, in the run folder. Servers that fail always raise."""
+    max_skipped: float = 0.01
+    """How many slots may get another picture before the run ends: below 1 a share of the images served (or of an epoch,
+    if that is more), else a number."""
     cache_dir: str = ""
     """Where blocks of remote shards are kept, shared by all processes of a machine; empty: the user's cache folder."""
     cache_gb: float = 16.0
@@ -68,6 +82,10 @@ class ShardsConfig(DataConfig):
     """How long a server may take to accept a connection."""
     read_timeout_s: float = 60.0
     """How long a server may be silent."""
+
+    def losses_allowed(self, nimg: int, epoch_size: int) -> float:
+        """max_skipped as a number of slots."""
+        return self.max_skipped if self.max_skipped >= 1 else self.max_skipped * max(nimg, epoch_size)
 
     def access(self) -> Access:
         """How remote files are read: within three quarters of timeout_s, so that the error can name the file."""
@@ -148,6 +166,9 @@ class _Batches(Iterator[HostBatch]):
             text = f"exited unexpectedly: {text}"
         if "timed out" in text:
             what = f"no batch of {self._config.url} came within data.timeout_s = {self._config.timeout_s} s"
+            names = [shard.name for shard in self._pictures.settings.shards]
+            if self._pictures.watch is not None and (reading := self._pictures.watch.longest()):
+                what += f": {reading.text(names)}"
             return UserError(what, "check the disk or network it lies on, or raise data.timeout_s")
         if "exited unexpectedly" in text or "is killed by signal" in text:
             return UserError(
@@ -177,10 +198,12 @@ class ShardStream:
         augmentation = Augmentation(seed, config.mirror, config.shift_px, config.shift_fill, config.hue)
         augmentation.check(m.channels, m.resolution)
         self.decoder = jpeg.choose(config.decoder, m.image_format)
-        turbo = self.decoder == "simplejpeg"
-        self._train = Settings(config.url, config.access(), m, shards, self.plan, augmentation, turbo)
+        turbo, tolerance = self.decoder == "simplejpeg", Tolerance(config.on_error, seed, salt)
+        self._train = Settings(config.url, config.access(), m, shards, self.plan, augmentation, turbo, tolerance)
         self.held_out_split = config.held_out_split if m.of(config.held_out_split) else config.split
-        self._held_out = Settings(config.url, config.access(), m, m.of(self.held_out_split), None, None, turbo)
+        self._held_out = Settings(
+            config.url, config.access(), m, m.of(self.held_out_split), None, None, turbo, tolerance
+        )
         self._running: weakref.WeakSet[_Batches] = weakref.WeakSet()
 
     def batches(self, start: int, size: int | Callable[[int], int]) -> Iterator[HostBatch]:
@@ -191,7 +214,8 @@ class ShardStream:
         if start < 0 or (isinstance(size, int) and size < 1):
             raise ValueError(f"batches from position {start} of size {size}")
         positions = _Positions(self.plan, start, size, self.rank, self.ranks)
-        pictures = Pictures(self._train, self._slots(start, size if isinstance(size, int) else size(start)))
+        watch = Watch(self.config.workers)
+        pictures = Pictures(self._train, self._slots(start, size if isinstance(size, int) else size(start)), watch)
         return self._start(_Batches(pictures, positions, self.config, self.config.workers))
 
     def _slots(self, start: int, size: int) -> Slots:
@@ -211,11 +235,23 @@ class ShardStream:
         if not parts:
             return []
         workers = min(self.config.workers, len(parts)) if len(parts) > 1 else 0
-        running = self._start(_Batches(Pictures(self._held_out), parts, self.config, workers))
+        running = self._start(_Batches(Pictures(self._held_out, None, Watch(workers)), parts, self.config, workers))
         try:
-            return list(running)
+            found = list(running)
         finally:
             running.close()
+        self._tell_of_lost([fault for batch in found if batch.report for fault in batch.report.faults], len(numbers))
+        return [batch for batch in found if len(batch.position)]
+
+    def _tell_of_lost(self, faults: list[Fault], asked: int) -> None:
+        """Held-out pictures that are left out: told every time. Raises UserError when they are too many."""
+        if not faults:
+            return
+        what = f"{len(faults)} of {asked} held-out pictures cannot be used, the first: {faults[0].what}"
+        if len(faults) > self.config.losses_allowed(0, asked):
+            raise UserError(what, "copy the shards again, or raise data.max_skipped")
+        log.warning(what)
+        print(f"{what}; they are left out", file=sys.stderr, flush=True)
 
     def close(self) -> None:
         """Ends worker processes and closes files."""
@@ -233,13 +269,23 @@ def _check(config: ShardsConfig, rank: int, ranks: int) -> None:
     if ranks > config.lanes:
         what = f"data.lanes is {config.lanes}, fewer than the {ranks} ranks: some would get no data"
         raise UserError(what, f"start the run with data.lanes of {ranks} or a multiple")
+    if config.on_error not in typing.get_args(OnError):
+        expected = ", ".join(typing.get_args(OnError))
+        raise UserError(
+            f"data.on_error is {config.on_error!r:.40}, expected one of {expected}", "correct data.on_error"
+        )
     limits: list[tuple[str, float, float]] = [
         ("workers", 0, 512),
         ("prefetch", 1, 4096),
         ("timeout_s", 1, 10**7),
         ("retries", 0, 10**6),
     ]
-    limits += [("connect_timeout_s", 0.01, 10**6), ("read_timeout_s", 0.01, 10**6), ("cache_gb", 0, 10**7)]
+    limits += [
+        ("connect_timeout_s", 0.01, 10**6),
+        ("read_timeout_s", 0.01, 10**6),
+        ("cache_gb", 0, 10**7),
+        ("max_skipped", 0, 10**12),
+    ]
     for name, low, high in limits:
         if not low <= (value := getattr(config, name)) <= high:
             raise UserError(f"data.{name} is {value}, expected {low} to {high}", f"correct data.{name}")

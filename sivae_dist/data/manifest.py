@@ -23,6 +23,7 @@ EXTENSIONS = ("jpg", "webp", "png")
 MAX_MANIFEST_BYTES = 256 << 20
 MAX_INDEX_BYTES = 256 << 20
 MAX_MEMBER_BYTES = 64 << 20
+MAX_SHARD_SAMPLES = 1 << 24
 MAX_RESOLUTION = 8192
 MAX_CLASSES = 1 << 20
 MAX_KEY = 200
@@ -169,5 +170,5 @@ def _shard(raw: Any, check: _Checker) -> ShardInfo:
     hashes = [check.field(raw, part, str) for part in ("sha256", "index_sha256")]
     if not all(_SHA256.fullmatch(h) for h in hashes):
         check.fail(f"has a malformed checksum for {name}")
-    count, size = check.number(raw, "count", 0, 1 << 40), check.number(raw, "bytes", 0, 1 << 50)
+    count, size = check.number(raw, "count", 0, MAX_SHARD_SAMPLES), check.number(raw, "bytes", 0, 1 << 50)
     return ShardInfo(name, split, count, size, hashes[0], hashes[1])

@@ -6,6 +6,7 @@ import hashlib
 import json
 import zlib
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +27,7 @@ from sivae_dist.data.manifest import (
 from sivae_dist.data.shard_write import BLOCK, INDEX_FORMAT, INDEX_VERSION
 from sivae_dist.data.store import Store
 from sivae_dist.data.stores.base import expected_files
+from sivae_dist.data.watch import INDEX
 from sivae_dist.errors import UserError
 
 _INDICES_KEPT = 256  # about 100 kB each at 1,024 samples a shard
@@ -122,35 +124,62 @@ class ShardReader:
         self.store, self.manifest, self.shards = store, manifest, shards
         store.expect(expected_files(manifest))
         self._indices: OrderedDict[int, Index] = OrderedDict()
+        self._bad: dict[int, DataError] = {}  # shards of which nothing can be read; asking again would take long
+        self.on_read: Callable[[int, int, int], None] = lambda *_: None
+        """Is told (shard, offset, size) before each read, INDEX for the index, and (-1, 0, 0) when it has ended."""
 
     def index(self, shard: int) -> Index:
         """The index of a shard by its number in `shards`; also checks that the tar has the size the manifest says."""
+        if shard in self._bad:
+            raise self._bad[shard]
         if shard in self._indices:
             self._indices.move_to_end(shard)
             return self._indices[shard]
+        self.on_read(shard, INDEX, 0)
+        try:
+            index = self._load_index(shard)
+        except DataError as error:
+            self._bad[shard] = error
+            raise
+        finally:
+            self.on_read(-1, 0, 0)
+        self._indices[shard] = index
+        while len(self._indices) > _INDICES_KEPT:
+            self._indices.popitem(last=False)
+        return index
+
+    def known_key(self, shard: int, number: int) -> str:
+        """The key of a sample, "" when the index of its shard is not at hand."""
+        index = self._indices.get(shard)
+        return "" if index is None else index.keys[number]
+
+    def _load_index(self, shard: int) -> Index:
         info = self.shards[shard]
         name = f"{info.name}.tar"
         if (size := self.store.size(name)) != info.bytes:
             what = "truncated" if size < info.bytes else "longer than packed"
             says = f"{size} bytes, the manifest says {info.bytes}"
             raise DataError("truncated", f"{self.store.url}/{name} is {what}: {says}", _REMEDY)
-        index = load_index(self.store, info, self.manifest.classes)
-        self._indices[shard] = index
-        while len(self._indices) > _INDICES_KEPT:
-            self._indices.popitem(last=False)
-        return index
+        return load_index(self.store, info, self.manifest.classes)
 
     def encoded(self, shard: int, number: int) -> tuple[str, bytes, int | None]:
-        """Key, checked image bytes and label of one sample. Raises UserError naming shard and key."""
+        """Key, checked image bytes and label of one sample. Raises DataError naming shard and key, or StorageError."""
         index, name = self.index(shard), f"{self.shards[shard].name}.tar"
         offset, size, label = int(index.offset[number]), int(index.size[number]), int(index.label[number])
 
         def good(data: bytes) -> bool:
             return len(data) == size and zlib.crc32(data) == index.crc32[number]
 
-        data = self.store.read(name, offset, size)
-        if not good(data) and self.store.forget(name, offset, size):  # a copy on the way was damaged, perhaps
+        self.on_read(shard, offset, size)
+        try:
             data = self.store.read(name, offset, size)
+            if not good(data) and self.store.forget(name, offset, size):  # a copy on the way was damaged, perhaps
+                data = self.store.read(name, offset, size)
+        except DataError as error:  # the file is not there, or another one is
+            self._bad[shard] = error
+            raise
+        finally:
+            self.on_read(-1, 0, 0)
         if not good(data):
             reason, what = (
                 ("truncated", "is cut off") if len(data) != size else ("crc", "is damaged: its checksum differs")
@@ -178,5 +207,6 @@ class ShardReader:
                 decode_into(data, out, image_format=self.manifest.image_format)
             except UserError as error:
                 name = f"{self.shards[shard].name}.tar"
-                raise UserError(f"{self.store.url}/{name}: sample {key!r}: {error.what}", _REMEDY) from None
+                what = f"{self.store.url}/{name}: sample {key!r}: {error.what}"
+                raise DataError("decode", what, _REMEDY, data) from None
         return key, label

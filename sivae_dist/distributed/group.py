@@ -33,13 +33,6 @@ class Group:
             dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
         return tensor
 
-    def any(self, *flags: bool) -> tuple[bool, ...]:
-        """For each flag whether it is set on some rank: the same answers on all. One collective."""
-        if self.ranks == 1:
-            return flags
-        agreed = self.max_(torch.tensor([float(flag) for flag in flags], device=self.device()))
-        return tuple(value > 0 for value in agreed.tolist())
-
     def mean(self, per_sample: Tensor) -> Tensor:
         """Mean of a (B, ...) tensor over all samples of all ranks (B may differ by rank), detached, of shape (...)."""
         sums = per_sample.detach().sum(0)

@@ -12,6 +12,7 @@ def summarise(run: RunFolder, nimg: int, *, finished: bool) -> dict[str, object]
     """The newest value of every metric, and how the evaluation compares with the mean image and the untrained model.
 
     psnr_gain_over_mean_image_db: held-out reconstruction PSNR above that of the constant mean image.
+    skipped: slots that got another sample than theirs, since that could not be used: all, and by reason.
     swd_ratio_to_untrained: sliced Wasserstein distance of samples, divided by that of the untrained model's.
     """
     rows = read_metrics(run.metrics)
@@ -28,6 +29,8 @@ def summarise(run: RunFolder, nimg: int, *, finished: bool) -> dict[str, object]
         "metrics": {key: value for key, value in newest.items() if key != "nimg"},
         "grid": str(grids[-1].relative_to(run.root)) if grids else None,
     }
+    lost = {key.removeprefix("data/skipped"): int(value) for key, value in newest.items() if "data/skipped" in key}
+    summary["skipped"] = {name.removeprefix("_") or "all": count for name, count in lost.items()}
     if "eval/psnr" in newest:
         summary["psnr_gain_over_mean_image_db"] = newest["eval/psnr"] - newest["eval/psnr_mean_image"]
     if "eval/swd" in newest and untrained:

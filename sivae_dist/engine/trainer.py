@@ -32,6 +32,7 @@ from sivae_dist.engine.guard import Guard
 from sivae_dist.engine.iteration import Iteration
 from sivae_dist.engine.logs import log, rank_log
 from sivae_dist.engine.loss_scale import LossScales
+from sivae_dist.engine.losses import DataLosses
 from sivae_dist.engine.meters import Meters
 from sivae_dist.engine.precision import Precision
 from sivae_dist.engine.run_folder import RunFolder, environment, write_atomic, write_json
@@ -110,6 +111,7 @@ class Trainer:
         self.prints = Fingerprints(every, self.folder, self.strategy, self.model, self.ema.model)
         self.meters = Meters(self.group, self.device)
         self.clock = Clock()
+        self.losses = DataLosses(self.group, config.data, self.folder.root)
         self.guard = Guard(config.guard, self.group)
         precision = Precision(config.precision.resolved(), self.device.type)
         self.scales = LossScales.of_config(config.precision)
@@ -172,6 +174,7 @@ class Trainer:
         self.scales.load(saved.state.get("loss_scales", {}))
         self.controller.load(saved.state.get("controller", {}))
         self.growing.load(saved.state.get("growing", {}), self.nimg)
+        self.losses.load(saved.state.get("data_losses", {}))
 
     def run(self) -> bool:
         """The loop, then the summary. Returns whether the end was reached (else the run was asked to stop)."""
@@ -255,19 +258,23 @@ class Trainer:
             host_batch = next(batches)
         except Exception as error:
             failed = error
-        any_failed, any_asked = self.group.any(failed is not None, asked)
+        report = host_batch.report if failed is None else None
+        any_failed, any_asked, too_many = self.losses.agree(
+            failed is not None, asked, report, self.nimg, self.stream.epoch_size
+        )
         if any_asked:
             return None  # data that fail now fail again after a resume
-        if not any_failed:
+        if not any_failed and too_many is None:
+            self.losses.take(report)
             return host_batch
         if self.nimg != self.saved_nimg:
             self._save({})
             self.writer.wait()
         self.group.barrier()  # the end of any rank is the end of all
-        if failed is None:
+        if failed is None and too_many is None:
             announced()
             raise UserError("")
-        raise failed
+        raise failed or too_many or UserError("")
 
     def _describe(self) -> None:
         if self.group.is_main:
@@ -285,6 +292,7 @@ class Trainer:
         values |= self.guard.counts() | self.scales.values() | self.controller.values()
         values |= self.growing.values(self.nimg - size)
         values |= self.strategy.traffic.take() if self.group.ranks > 1 else {}
+        values |= self.losses.values()
         values["data/epoch"] = self.nimg / self.stream.epoch_size
         self.tracker.scalars(self.nimg, values)
         self.newest |= values
@@ -315,6 +323,7 @@ class Trainer:
         self.saved_nimg = self.nimg
         self.meters.settle()
         self.controller.meters.settle()
+        self.losses.settle()
         if self.guard.calm:
             self.good = self.folder.checkpoints / checkpoint.name_of(self.nimg)
         if self.group.is_main:
@@ -329,6 +338,7 @@ class Trainer:
             "loss_scales": self.scales.state(),
             "controller": self.controller.state(),
             "growing": self.growing.state(),
+            "data_losses": self.losses.state(),
             "metrics": results,
             "data": self.stream.fingerprint,
             "config": to_dict(self.config),

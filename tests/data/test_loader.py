@@ -237,11 +237,3 @@ def test_workers_die_with_a_killed_parent(packed):
     process.wait()
     process.stdout.close()
     assert gone(workers)
-
-
-@pytest.mark.dist
-def test_a_reader_that_hangs_is_an_error(packed, monkeypatch):
-    monkeypatch.setattr("sivae_dist.data.shard_read.ShardReader.read_into", lambda *_, **__: time.sleep(600))
-    source = stream(packed, workers=1, timeout_s=1)
-    with pytest.raises(UserError, match=r"no batch of .* came within data\.timeout_s = 1 s"):
-        next(source.batches(0, 4))

@@ -27,7 +27,16 @@ SCALARS = {
     *("rec/real", "kl/real", "kl/rec", "kl/fake", "kl/gap", "exp_elbo/rec", "exp_elbo/fake"),
     *(f"{kind}/{p}" for kind in ("grad_norm", "lr") for p in ("encoder", "decoder")),
     *(f"time/{name}" for name in ("step_s", "data_wait_fraction", "img_per_s", "s_per_kimg", "train_s", "cpu_s")),
-    *("mem/cpu_gib", "guard/nonfinite", "guard/skipped", "data/epoch", "eval/psnr", "eval/psnr_mean_image", "eval/swd"),
+    *(
+        "mem/cpu_gib",
+        "guard/nonfinite",
+        "guard/skipped",
+        "data/epoch",
+        "data/skipped",
+        "eval/psnr",
+        "eval/psnr_mean_image",
+        "eval/swd",
+    ),
 }
 IMAGES = {f"images/{name}" for name in ("real", "rec_mu", "rec_sample", "prior", "prior_ema")}
 
