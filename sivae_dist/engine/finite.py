@@ -38,17 +38,26 @@ class Skip:
 
 
 def examine(
-    phase: str, x: Tensor, sums: Mapping[str, Tensor], gradients: Mapping[str, Gradient], group: Group
+    phase: str,
+    x: Tensor,
+    sums: Mapping[str, Tensor],
+    gradients: Mapping[str, Gradient],
+    group: Group,
+    buffers: Buffers | None = None,
 ) -> Skip | None:
-    """None if data, terms and gradients are finite on every rank. Collective.
+    """None if data, terms, gradients and buffers are finite on every rank. Collective.
 
     x: this rank's data; sums: term -> its sum on this rank; gradients: player -> its gradient after the reduction.
+    buffers: the model's, which its forward passes have moved (batch-norm statistics, averages of styles).
     With synchronised batch norm a NaN reaches all ranks within the forward pass: then every rank is named, and `data`
     tells where it came from, if it came with the data.
     """
-    names = ["data", *(f"{phase}/{term}" for term in sums), *(f"gradient of the {player}" for player in gradients)]
-    forward = 1 + len(sums)
-    local = [x.sum(), *sums.values(), *(gradient.local for gradient in gradients.values())]
+    norm = buffers.norm() if buffers is not None else None
+    moved = {} if norm is None else {"running statistics": norm}
+    names = ["data", *(f"{phase}/{term}" for term in sums), *moved]
+    forward = len(names)
+    names += [f"gradient of the {player}" for player in gradients]
+    local = [x.sum(), *sums.values(), *moved.values(), *(gradient.local for gradient in gradients.values())]
     own = torch.stack([~value.isfinite() for value in local]).float()
     counts = group.sum_(own.clone())
     summed = torch.stack([~gradient.norm.isfinite() for gradient in gradients.values()]).float()
@@ -66,6 +75,7 @@ class Buffers:
 
     def __init__(self, module: nn.Module) -> None:
         self._live = [buffer for buffer in module.buffers() if buffer.numel()]
+        self._floating = [buffer for buffer in self._live if buffer.is_floating_point()]
         self._kept = [buffer.detach().clone() for buffer in self._live]
 
     @torch.no_grad()
@@ -79,3 +89,11 @@ class Buffers:
         """Puts the kept values back."""
         if self._live:
             torch._foreach_copy_(self._live, self._kept)
+
+    @torch.no_grad()
+    def norm(self) -> Tensor | None:
+        """The norm of all of them together, on the device: non-finite if some entry is. None where there are none."""
+        if not self._floating:
+            return None
+        norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(self._floating)))
+        return norm

@@ -112,7 +112,7 @@ class Iteration:
             gradients = {player: self.strategy.reduce(player, scale=scale) for player in phase.trains}
             if observe is not None:
                 observe(phase, terms)
-            report.skip = examine(phase.name, batch.x, tally.sums, gradients, self.strategy.group)
+            report.skip = examine(phase.name, batch.x, tally.sums, gradients, self.strategy.group, self.buffers)
             self.scales.update(phase.trains, report.skip)
             if report.skip is not None:
                 self.buffers.restore()

@@ -101,6 +101,22 @@ def test_a_skipped_first_phase_leaves_everything_as_it_was() -> None:
     assert step(batch(), nimg=12, global_batch=6).skip is None
 
 
+def test_running_statistics_that_are_not_finite_are_taken_back() -> None:
+    """Also where everything that came of them is finite: they would be the next evaluation's."""
+    step = iteration()
+    step(batch(), nimg=0, global_batch=6)
+    before = state(step)
+
+    def observe(phase: Any, _terms: Terms) -> None:
+        if phase.name == "encoder":
+            next(buffer for buffer in step.model.encoder.buffers() if buffer.is_floating_point())[0] = math.inf
+
+    report = step(batch(), nimg=6, global_batch=6, observe=observe)
+    assert report.skip is not None
+    assert (report.skip.text(), report.skip.forward) == ("rank 0: running statistics", True)
+    assert not changed(before, state(step))
+
+
 def test_a_skipped_second_phase_takes_back_its_own_only(monkeypatch: pytest.MonkeyPatch) -> None:
     step = iteration()
     between: dict[str, torch.Tensor] = {}
