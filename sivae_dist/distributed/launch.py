@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import torch
 
-from sivae_dist.distributed import failure
+from sivae_dist.distributed import asked, failure
 from sivae_dist.distributed.group import Group
 from sivae_dist.errors import UserError
 
@@ -18,8 +18,20 @@ from sivae_dist.errors import UserError
 class DistributedConfig:
     """Ranks and how they share the work."""
 
-    strategy: Literal["auto", "ddp"] = "auto"
-    """ddp: every rank holds both players whole; gradients are summed. auto: what the accelerate config asks for."""
+    strategy: Literal["auto", "ddp", "fsdp2", "deepspeed"] = "auto"
+    """ddp: every rank holds both players whole, gradients are summed. fsdp2: weights, gradients and optimizer state in
+    shards, one a rank. deepspeed: ZeRO, the optimizer's state in shards. auto: what the accelerate config asks for
+    (ddp where it asks for nothing)."""
+    shard_ranks: int | None = None
+    """fsdp2: ranks that hold one copy of everything together, such as those of one machine; None: all."""
+    unit_parameters: int = 100_000
+    """fsdp2: parts of a network with at least so many parameters are gathered one by one."""
+    keep_whole: bool = False
+    """fsdp2: what was gathered for the forward pass stays for the backward pass: more memory, fewer collectives."""
+    zero_stage: int = 1
+    """deepspeed: 1, or 2: summed gradients are in shards, too."""
+    zero_offload: bool = False
+    """deepspeed: the optimizer's state lies on the host, which also steps: slower, for weights that do not fit."""
     ranks: int | None = None
     """Number of ranks this run must have; another number is an error. None accepts any."""
     check: Literal["off", "start", "checkpoints"] = "checkpoints"
@@ -32,6 +44,16 @@ class DistributedConfig:
         if self.ranks is not None and self.ranks < 1:
             raise UserError(
                 f"distributed.ranks is {self.ranks}, must be at least 1", "set it to the number of processes"
+            )
+        if (self.shard_ranks is not None and self.shard_ranks < 2) or self.unit_parameters < 0:
+            raise UserError(
+                f"distributed: shard_ranks {self.shard_ranks}, unit_parameters {self.unit_parameters} are not in range",
+                "shard_ranks must be at least 2 (or left out), unit_parameters at least 0; strategy ddp shards nothing",
+            )
+        if self.zero_stage not in (1, 2):
+            raise UserError(
+                f"distributed.zero_stage is {self.zero_stage}, must be 1 or 2",
+                "to cut weights into shards, which is ZeRO's stage 3, use distributed.strategy fsdp2",
             )
         if self.timeout_s <= 0:
             raise UserError(f"distributed.timeout_s is {self.timeout_s}, must be positive", "for example 600")
@@ -72,6 +94,7 @@ def start(config: DistributedConfig) -> Launch:
     ranks is not the one asked for (`accelerate launch --cpu --num_processes 2` starts one process without a word).
     """
     world = _world()
+    asked.resolved(config)  # tells of what is not supported before anything starts
     cpu = not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in {"1", "true", "yes"}
     try:
         from accelerate import Accelerator  # noqa: PLC0415 (a run of one process does without it)
@@ -83,15 +106,10 @@ def start(config: DistributedConfig) -> Launch:
         launch = Launch(Group(), torch.device("cpu" if cpu else "cuda"), None)
         _check_ranks(config, launch.group.ranks)
         return launch
-    for flag, name in (("ACCELERATE_USE_DEEPSPEED", "DeepSpeed"), ("ACCELERATE_USE_FSDP", "FSDP")):
-        if os.environ.get(flag, "").lower() in {"1", "true", "yes"}:
-            raise UserError(
-                f"the accelerate config asks for {name}; this version trains with the strategy 'ddp'",
-                "use launch/accelerate/ddp-multinode.yaml, or run `accelerate config` without it",
-            )
     handlers = [InitProcessGroupKwargs(timeout=timedelta(seconds=config.timeout_s))]
     try:
-        accelerator = Accelerator(cpu=cpu, kwargs_handlers=handlers, mixed_precision="no")
+        with asked.hidden():  # strategies are ours: accelerate starts the processes and the group
+            accelerator = Accelerator(cpu=cpu, kwargs_handlers=handlers, mixed_precision="no")
     except Exception as error:  # settings of the launcher reach it unchecked, through ACCELERATE_* variables
         raise _not_started(error, world) from error
     failure.watch()

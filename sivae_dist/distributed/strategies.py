@@ -8,12 +8,17 @@ from collections.abc import Callable
 from torch import nn
 from torch.optim import Optimizer
 
+from sivae_dist.distributed import asked
 from sivae_dist.distributed.group import Group
 from sivae_dist.distributed.launch import DistributedConfig
 from sivae_dist.distributed.strategy import Strategy
 
 # Name in the configuration -> module and its function `build`, imported when chosen: some need optional libraries.
-STRATEGIES = {"ddp": "sivae_dist.distributed.replicated"}
+STRATEGIES = {
+    "ddp": "sivae_dist.distributed.replicated",
+    "fsdp2": "sivae_dist.distributed.fsdp2",
+    "deepspeed": "sivae_dist.distributed.deepspeed",
+}
 
 
 def build(
@@ -25,6 +30,7 @@ def build(
     clip_norm: float | None = None,
 ) -> Strategy:
     """The strategy of a run, holding players (on their device, rank 0's weights) and optimizers. Collective."""
-    module = importlib.import_module(STRATEGIES["ddp" if config.strategy == "auto" else config.strategy])
+    config = asked.resolved(config)
+    module = importlib.import_module(STRATEGIES[config.strategy])
     make: Callable[..., Strategy] = module.build
     return make(config, players, optimizers, group, clip_norm=clip_norm)

@@ -32,6 +32,12 @@ from sivae_dist.distributed.sharding import put
 ParameterStates = dict[str, dict[str, Tensor]]  # name within the player -> name of the state -> tensor
 
 
+def moments(optimizer: Optimizer) -> tuple[str, ...]:
+    """Names of the state tensors that have a parameter's shape: Adam's, unless the optimizer says otherwise."""
+    names: tuple[str, ...] = getattr(optimizer, "moments", ("exp_avg", "exp_avg_sq"))
+    return names
+
+
 @dataclass(frozen=True)
 class Gradient:
     """What is known of a player's gradient once it is summed over ranks; scalar tensors, nothing read back.
@@ -99,9 +105,7 @@ class Strategy(ABC):
         A frozen player still passes gradients through; it only computes none for its own weights.
         """
         chosen = set(names)
-        for name, player in self.players.items():
-            for parameter in player.parameters():
-                parameter.requires_grad_(name in chosen)
+        self._freeze_all_but(chosen)
         for name in chosen:
             self.optimizers[name].zero_grad(set_to_none=True)
 
@@ -159,6 +163,11 @@ class Strategy(ABC):
     def parameters(self, name: str) -> dict[str, nn.Parameter]:
         """The parameters of a player by their names in it."""
         return dict(self.players[name].named_parameters())
+
+    def _freeze_all_but(self, names: set[str]) -> None:
+        for name in self.players:
+            for parameter in self.parameters(name).values():
+                parameter.requires_grad_(name in names)
 
     def _held(self, name: str) -> dict[str, nn.Parameter]:
         held = {id(p) for group in self.optimizers[name].param_groups for p in group["params"]}

@@ -31,14 +31,13 @@ from torch.optim import Optimizer
 
 from sivae_dist.distributed.replicated import Replicated
 from sivae_dist.distributed.sharding import host_copies, put
-from sivae_dist.distributed.strategy import Strategy
+from sivae_dist.distributed.strategy import Strategy, moments
 from sivae_dist.engine.run_folder import write_atomic
 from sivae_dist.errors import UserError
 
 FORMAT = 1
 _MAX_JSON_BYTES = 16 << 20
 _NAME = re.compile(r"nimg-(\d{9,})")
-MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's, beside its step count; LreqAdam has the second only
 TENSOR_FILES = ("weights", "ema", "optimizer")
 FILES = (*(f"{stem}.safetensors" for stem in TENSOR_FILES), "state.json")
 
@@ -94,7 +93,7 @@ def restore(saved: Snapshot, model: nn.Module, ema: nn.Module, optimizers: Strat
             states = stored[player].get(name)
             if states is None:  # it was never stepped
                 continue
-            expected = dict.fromkeys(_moments(optimizer), parameter.shape) | {"step": torch.Size()}
+            expected = dict.fromkeys(moments(optimizer), parameter.shape) | {"step": torch.Size()}
             if {key: value.shape for key, value in states.items()} != expected:
                 got = ", ".join(f"{key} {tuple(value.shape)}" for key, value in states.items())[:200]
                 raise UserError(
@@ -107,12 +106,6 @@ def _strategy(model: nn.Module, optimizers: Strategy | dict[str, Optimizer]) -> 
     if isinstance(optimizers, Strategy):
         return optimizers
     return Replicated({player: getattr(model, player) for player in optimizers}, optimizers)
-
-
-def _moments(optimizer: Optimizer) -> tuple[str, ...]:
-    """Names of the state tensors that have a parameter's shape: Adam's, unless the optimizer says otherwise."""
-    moments: tuple[str, ...] = getattr(optimizer, "moments", MOMENTS)
-    return moments
 
 
 def load_weights(module: nn.Module, tensors: dict[str, Tensor], what: str) -> None:

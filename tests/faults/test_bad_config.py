@@ -95,7 +95,7 @@ def test_bad_command(run: Runner, command: str) -> None:
         ({"WORLD_SIZE": "two"}, "WORLD_SIZE is 'two', expected a whole number"),
         ({"WORLD_SIZE": "1", "RANK": "-1"}, "RANK is '-1'"),
         ({"WORLD_SIZE": "1", "RANK": "3"}, "RANK is 3 and WORLD_SIZE 1"),
-        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "asks for DeepSpeed"),
+        ({"ACCELERATE_USE_MEGATRON_LM": "true"}, "asks for Megatron-LM"),
         ({"ACCELERATE_DYNAMO_BACKEND": "warp"}, "ACCELERATE_DYNAMO_BACKEND"),
         ({"ACCELERATE_USE_CPU": "perhaps"}, "ACCELERATE_USE_CPU"),
     ],

@@ -35,6 +35,9 @@ STAND_IN = _KEPT.name
 (Path(STAND_IN) / "deepspeed.py").write_text("__version__ = '0'\n")
 
 
+ZERO = "distributed_type: DEEPSPEED\nnum_processes: 2"
+
+
 def examine(
     run: Runner, *options: object, env: dict[str, str] | None = None, deepspeed: bool = False
 ) -> tuple[int, dict]:
@@ -96,7 +99,9 @@ def test_a_compiler_that_does_not_compile(run: Runner, tmp_path: Path) -> None:
         ("distributed_type: 'NO'\nnum_processes: 2\nuse_cpu: true", "problem", "starts ONE process", "cpu-2.yaml"),
         ("distributed_type: MULTI_CPU\nnum_processes: 2\nuse_cpu: true", "problem", "starts ONE process", "cpu-2.yaml"),
         ("distributed_type: MULTI_GPU\nnum_processes: 2\nuse_cpu: true", "warning", "alone", "ACCELERATE_USE_CPU=true"),
-        ("distributed_type: FSDP\nnum_processes: 2", "problem", "distributed_type FSDP", "ddp"),
+        ("distributed_type: MEGATRON_LM\nnum_processes: 2", "problem", "distributed_type MEGATRON_LM", "ddp"),
+        ("distributed_type: FSDP\nnum_processes: 2", "problem", "fsdp_version 1", "fsdp_version: 2"),
+        (f"{ZERO}\ndeepspeed_config: {{zero_stage: 3}}", "problem", "zero_stage 3", "fsdp2"),
         ("distributed_type: 'NO'\nmixed_precision: fp8", "problem", "'fp8'", "bf16"),
         ("distributed_type: 'NO'\ndynamo_config: {dynamo_backend: INDUCTOR}", "warning", "no effect", "remove"),
         ("distributed_type: MULTI_GPU\nnum_processes: 4\nnum_machines: 2", "problem", "num_machines 2", "machine 0"),
@@ -169,7 +174,7 @@ def test_stale_lock_of_a_killed_build(run: Runner, tmp_path: Path) -> None:
     [
         ({"GLOO_SOCKET_IFNAME": "absent7"}, "network", "names absent7"),
         ({"ACCELERATE_MIXED_PRECISION": "fp8"}, "launch variables", "'fp8'"),
-        ({"ACCELERATE_USE_FSDP": "1"}, "launch variables", "ACCELERATE_USE_FSDP"),
+        ({"ACCELERATE_USE_FSDP": "1"}, "launch variables", "fsdp_version 1"),
         ({"OMP_NUM_THREADS": "many"}, "threads", "'many'"),
     ],
 )

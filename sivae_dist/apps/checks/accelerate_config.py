@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from sivae_dist.apps.checks.base import Check, ok, problem, warning
+from sivae_dist.distributed import asked
+from sivae_dist.errors import UserError
 
 NAME = "accelerate config"
-_SEVERAL = {"MULTI_GPU", "MULTI_NPU", "MULTI_MLU", "MULTI_XPU", "MULTI_HPU"}
+_SEVERAL = {"MULTI_GPU", "FSDP", "DEEPSPEED", "MULTI_NPU", "MULTI_MLU", "MULTI_XPU", "MULTI_HPU"}
 _TRUE = {"1", "true", "yes", "y", "t", "on"}
 
 
@@ -23,9 +25,10 @@ def environment() -> list[Check]:
     if left:
         what = f"{', '.join(f'{n}={os.environ[n]}' for n in left)} set outside of a launcher"
         found.append(warning("launch variables", what, f"unset {' '.join(left)}, unless a launcher set them"))
-    for name in ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP"):
-        if os.environ.get(name, "").lower() in _TRUE:
-            found.append(problem("launch variables", f"{name} is set; runs here use the strategy ddp", f"unset {name}"))
+    try:
+        asked.settings()
+    except UserError as error:
+        found.append(problem("launch variables", error.what, error.fix))
     return found or [ok("launch variables", "none set in this shell")]
 
 
@@ -83,9 +86,14 @@ def _kind(values: dict[str, Any]) -> list[Check]:
     """The number of processes that really start, on what."""
     kind, count = values["distributed_type"], values.get("num_processes") or 1
     cpu_launch = "launch with launch/accelerate/cpu-2.yaml as its first lines say"
-    if kind in {"DEEPSPEED", "FSDP", "MEGATRON_LM", "XLA", "TPU"}:
-        what = f"distributed_type {kind}; this version trains with the strategy ddp"
+    if kind in {"MEGATRON_LM", "XLA", "TPU"}:
+        what = f"distributed_type {kind}; runs here train with ddp, fsdp2 or deepspeed"
         return [problem(NAME, what, "use launch/accelerate/ddp-multinode.yaml, or distributed_type MULTI_GPU or 'NO'")]
+    if kind == "FSDP" and (version := int((values.get("fsdp_config") or {}).get("fsdp_version", 1))) != 2:
+        return [problem(NAME, f"distributed_type FSDP with fsdp_version {version}", "set fsdp_config: fsdp_version: 2")]
+    stage = (values.get("deepspeed_config") or {}).get("zero_stage", 2)
+    if kind == "DEEPSPEED" and stage not in (1, 2):
+        return [problem(NAME, f"distributed_type DEEPSPEED with zero_stage {stage}", "set it to 1 or 2, or use fsdp2")]
     if kind not in _SEVERAL and count > 1:
         what = f"distributed_type {kind} with num_processes {count} starts ONE process, without a word"
         return [problem(NAME, what, f"on GPUs set distributed_type MULTI_GPU; on CPUs {cpu_launch}")]

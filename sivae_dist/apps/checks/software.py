@@ -156,12 +156,11 @@ def extension_locks() -> list[Check]:
 def deepspeed() -> list[Check]:
     """Whether DeepSpeed can be imported, in a process of its own: it may print, build or crash."""
     if importlib.util.find_spec("deepspeed") is None:
-        return [ok("deepspeed", "is not installed; the strategy ddp does without it")]
+        return [ok("deepspeed", "is not installed; the strategies ddp and fsdp2 do without it")]
     code = "import deepspeed; print('version', deepspeed.__version__)"
     told = command_output(sys.executable, "-W", "ignore", "-c", code, seconds=120)
     if told is None:
         what = "is installed but cannot be imported within 120 s"
         return [warning("deepspeed", what, "pip install --force-reinstall deepspeed; the strategy ddp does without it")]
     version = next((line.split()[1] for line in told.splitlines() if line.startswith("version ")), "?")
-    lacks = "" if importlib.util.find_spec("transformers") else "; accelerate's plugin for it also wants transformers"
-    return [ok("deepspeed", f"{version}{lacks}")]
+    return [ok("deepspeed", f"{version}; needs neither accelerate's plugin nor transformers, and builds nothing")]

@@ -1,0 +1,154 @@
+"""Trains tiny models under every strategy on however many ranks it is started on, with a restore in the middle.
+
+Run by test_strategies.py, under `accelerate launch` and in its own process; what is stored must agree: terms, gradient
+norms, and the whole state after the last iteration (weights, average, optimizer), gathered from whoever holds it.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from probe_training import global_batch, share
+
+from sivae_dist.distributed import launch, strategies
+from sivae_dist.distributed.group import Group
+from sivae_dist.distributed.launch import DistributedConfig
+from sivae_dist.distributed.sync_batch_norm import synchronise_batch_norm
+from sivae_dist.engine import checkpoint
+from sivae_dist.engine.ema import Ema, EmaConfig
+from sivae_dist.engine.iteration import Iteration
+from sivae_dist.engine.optim import OptimConfig, PlayerOptim
+from sivae_dist.engine.precision import Precision
+from sivae_dist.models.modulated import ModulatedConfig
+from sivae_dist.models.residual import ResidualConfig
+from sivae_dist.models.style import StyleConfig
+from sivae_dist.objectives.soft_introvae import SoftIntroVaeConfig
+from sivae_dist.objectives.vae import VaeConfig
+
+ITERATIONS = 3
+SOFT = SoftIntroVaeConfig(beta_neg=4.0, gamma_r=0.5)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training: of which network, in which format, how."""
+
+    network: str = "residual"
+    dtype: str = "fp64"
+    accumulation: int = 1
+    size: int = 7  # global batch: does not divide by 2 or 3; 1 leaves ranks without data
+    joint: bool = False  # one phase that trains both players
+    distributed: DistributedConfig = DistributedConfig(strategy="ddp")
+
+    @property
+    def twin(self) -> Cell:
+        """The training that it must equal: whole, on one rank, without micro-batches where these do not matter."""
+        return replace(self, distributed=DistributedConfig(strategy="ddp"))
+
+
+def _cells(*options: DistributedConfig, dtypes: tuple[str, ...]) -> dict[str, Cell]:
+    cells = {}
+    for distributed in options:
+        name = distributed.strategy + (f"{distributed.zero_stage}" if distributed.strategy == "deepspeed" else "")
+        for dtype in dtypes:
+            for accumulation in (1, 4):
+                for network in ("residual", "style", "modulated"):
+                    key = f"{name}/{dtype}/{accumulation}/{network}"
+                    cells[key] = Cell(network, dtype, accumulation, distributed=distributed)
+        wide = dtypes[0]
+        cells[f"{name}/{wide}/one-image"] = Cell(dtype=wide, size=1, distributed=distributed)
+        cells[f"{name}/{wide}/joint"] = Cell(dtype=wide, joint=True, accumulation=2, distributed=distributed)
+    return cells
+
+
+FSDP2 = DistributedConfig(strategy="fsdp2", unit_parameters=200)
+ZERO = DistributedConfig(strategy="deepspeed")
+CELLS = {
+    **_cells(DistributedConfig(strategy="ddp"), dtypes=("fp64", "fp32", "bf16")),
+    **_cells(FSDP2, dtypes=("fp64", "bf16")),
+    **_cells(ZERO, replace(ZERO, zero_stage=2), dtypes=("fp32", "bf16")),
+    "deepspeed1/fp32/offload": Cell(dtype="fp32", accumulation=2, distributed=replace(ZERO, zero_offload=True)),
+    "fsdp2/fp64/keep-whole": Cell(distributed=replace(FSDP2, keep_whole=True)),
+    "fsdp2/fp64/copies": Cell(accumulation=2, distributed=replace(FSDP2, shard_ranks=2)),  # with 4 ranks: two copies
+}
+FOUR_RANKS = ("fsdp2/fp64/copies",)
+# What the default run of the tests looks at, in a launch that it makes anyway.
+CORNER = ("fsdp2/fp64/1/residual", "fsdp2/fp64/1/style", "fsdp2/fp64/one-image", "fsdp2/fp64/joint")
+
+
+class Training:
+    """Everything that is saved and restored."""
+
+    def __init__(self, cell: Cell, group: Group, seed: int) -> None:
+        torch.manual_seed(seed)
+        if cell.network == "residual":
+            # Batch statistics are those of a micro-batch, whose images depend on the number of ranks.
+            norm = "batch" if cell.accumulation == 1 else "group"
+            model = ResidualConfig(image_size=12, channels=(4, 6), zdim=5, norm=norm).build()  # type: ignore[arg-type]
+        else:
+            model = (StyleConfig if cell.network == "style" else ModulatedConfig).tiny().build()
+            model.set_level(1 if cell.network == "style" else 0)  # of three: the finest is used by no rank
+            with torch.no_grad():  # noise would not matter yet
+                for parameter in model.parameters():
+                    parameter.add_(0.1)
+        self.dtype = torch.float64 if cell.dtype == "fp64" else torch.float32
+        self.model = synchronise_batch_norm(model.to(self.dtype), group)
+        players = {"encoder": self.model.encoder, "decoder": self.model.decoder}
+        # A large eps: steps follow gradients smoothly, so that rounding stays as small as it is in the gradients.
+        player = PlayerOptim(lr=1e-3, beta1=0.0 if cell.network == "style" else 0.9, eps=1e-4)
+        optim = OptimConfig(player, player, "lreq_adam" if cell.network == "style" else "adam")
+        optimizers = optim.build(players)
+        self.ema = Ema(EmaConfig(half_life_kimg=0.01, rampup=0), self.model)
+        self.strategy = strategies.build(cell.distributed, players, optimizers, group, clip_norm=0.5)
+        self.strategy.follow(self.ema.model, self.model)
+        objective = (VaeConfig() if cell.joint else SOFT).build(self.model.sample_shape)
+        precision = Precision("bf16" if cell.dtype == "bf16" else "fp32")
+        self.iteration = Iteration(
+            self.model, objective, self.strategy, accumulation=cell.accumulation, precision=precision
+        )
+
+    def snapshot(self) -> checkpoint.Snapshot:
+        return checkpoint.snapshot(0, self.model, self.ema.model, self.strategy, {})
+
+
+def run(cell: Cell, group: Group) -> dict[str, np.ndarray]:
+    training = Training(cell, group, seed=0)
+    numbers: dict[str, np.ndarray] = {}
+    for number in range(ITERATIONS):
+        if number == 2:
+            saved = training.snapshot()
+            training = Training(cell, group, seed=1)
+            checkpoint.restore(saved, training.model, training.ema.model, training.strategy)
+        batch = share(global_batch(number, cell.size, training.model.sample_shape), group)
+        batch = replace(batch, x=batch.x.to(training.dtype))
+        report = training.iteration(batch, nimg=number * cell.size, global_batch=cell.size)
+        assert report.skip is None
+        training.ema.update(training.model, (number + 1) * cell.size, cell.size)
+        for key, total in report.sums.items():
+            numbers[f"term{number}/{'/'.join(key)}"] = group.sum_(total.detach().double()).numpy()
+        for player, norm in report.grad_norm.items():
+            numbers[f"norm{number}/{player}"] = norm.detach().double().numpy()
+    if group.ranks > 1:
+        numbers |= {f"traffic/{tag}": np.array(value) for tag, value in training.strategy.traffic.take().items()}
+    for stem, tensors in training.snapshot().tensors.items():
+        numbers |= {f"{stem}/{name}": value.double().numpy() for name, value in tensors.items()}
+    return numbers
+
+
+def collect(names: Iterable[str], group: Group) -> dict[str, np.ndarray]:
+    return {f"{name}:{key}": value for name in names for key, value in run(CELLS[name], group).items()}
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    started = launch.start(DistributedConfig(ranks=int(sys.argv[2]), timeout_s=120))
+    together = collect(sys.argv[3:], started.group)
+    if started.group.is_main:
+        np.savez(sys.argv[1], **together)
+    started.finish()
+    os._exit(0)  # as the command line does: a destructor of the process group may abort a rank that exits normally
