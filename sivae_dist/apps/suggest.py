@@ -119,7 +119,7 @@ def _measure(trainer: Trainer) -> Measured:
     """The terms of the introspective encoder phase, with batch statistics as in training; nothing is moved."""
     config, model = trainer.config, trainer.model
     objective = SoftIntroVaeConfig(rec_loss=getattr(config.objective, "rec_loss", "mse")).build(model.sample_shape)
-    stream = config.data.build(seed=config.train.seed, salt=trainer.salt, rank=0, ranks=1)
+    stream = config.data.at(trainer.sample_shape).build(seed=config.train.seed, salt=trainer.salt, rank=0, ranks=1)
     parts: dict[str, list[torch.Tensor]] = {}
     model.train()
     try:

@@ -117,6 +117,10 @@ class DataConfig:
 
     name: str = ""
 
+    def at(self, sample_shape: tuple[int, ...]) -> DataConfig:
+        """The data for a model of samples (C, H, W): of a pyramid its resolution, all other data as they are."""
+        return self
+
     def build(self, *, seed: int, salt: int, rank: int, ranks: int) -> Stream:
         """seed, salt: key the plan's permutations; a changed salt gives other batches for the same position."""
         raise NotImplementedError

@@ -7,7 +7,7 @@ import sys
 import typing
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,10 +21,12 @@ from sivae_dist.data.jpeg import DecoderName
 from sivae_dist.data.pictures import Failure, Pictures, Settings, SharedBatch
 from sivae_dist.data.plan import Plan
 from sivae_dist.data.procs import die_with_parent
+from sivae_dist.data.pyramid import levels_of
 from sivae_dist.data.replace import OnError, Tolerance
 from sivae_dist.data.shard_read import load_manifest
 from sivae_dist.data.slots import Slots
 from sivae_dist.data.store import Access, open_store
+from sivae_dist.data.stores.address import fill, scheme_of
 from sivae_dist.data.watch import Watch
 from sivae_dist.errors import UserError
 
@@ -38,7 +40,8 @@ class ShardsConfig(DataConfig):
     name: str = "shards"
     url: str = ""
     """The folder that `sivae-dist data pack` made, a path or an address (http, https, s3, gs); its manifest; or a brace
-    pattern of folders or shards. Secrets stand in it as ${NAME}, the name of an environment variable."""
+    pattern of folders or shards. Of a local folder with several resolutions the model's is taken. Secrets stand in it
+    as ${NAME}, the name of an environment variable."""
     split: str = "train"
     """What is trained on."""
     held_out_split: str = "val"
@@ -97,6 +100,17 @@ class ShardsConfig(DataConfig):
             cache_dir=self.cache_dir,
             cache_gb=self.cache_gb,
         )
+
+    def at(self, sample_shape: tuple[int, ...]) -> ShardsConfig:
+        """Of a local folder with several resolutions that of the model. Raises UserError when it is not among them."""
+        levels = levels_of(fill(self.url)[0]) if scheme_of(self.url) in ("", "file") else ()
+        if not levels:
+            return self
+        side, there = str(sample_shape[-1]), [level.name for level in levels]
+        if side not in there:
+            what = f"{self.url} holds pictures of {', '.join(there)} pixels, the model takes {side}"
+            raise UserError(what, "pack the data at that resolution too, or set model.image_size to one of these")
+        return replace(self, url=f"{self.url.rstrip('/')}/{side}")
 
     def build(self, *, seed: int, salt: int, rank: int, ranks: int) -> ShardStream:
         """Reads the manifest only. Raises UserError for a folder or settings that cannot be used."""

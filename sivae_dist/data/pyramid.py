@@ -17,7 +17,7 @@ from sivae_dist.data.store import open_store
 def levels_of(folder: str | Path) -> tuple[Path, ...]:
     """The shard folders of a pyramid, the smallest resolution first; empty when the folder is no pyramid."""
     path = Path(str(folder).removeprefix("file://")).expanduser()
-    if not path.is_dir() or (path / FILE_NAME).is_file():
+    if not str(folder) or not path.is_dir() or (path / FILE_NAME).is_file():
         return ()
     numbered = [p for p in path.iterdir() if p.name.isascii() and p.name.isdecimal() and len(p.name) < 9]
     return tuple(sorted((p for p in numbered if (p / FILE_NAME).is_file()), key=lambda p: int(p.name)))

@@ -164,7 +164,8 @@ class Trainer:
     def _open_stream(self) -> Stream:
         self.iteration.salt = self.salt
         seed, group = self.config.train.seed, self.group
-        return self.config.data.build(seed=seed, salt=self.salt, rank=group.rank, ranks=group.ranks)
+        data = self.config.data.at(self.sample_shape)
+        return data.build(seed=seed, salt=self.salt, rank=group.rank, ranks=group.ranks)
 
     def _restore(self, saved: Snapshot) -> None:
         checkpoint.restore(saved, self.model, self.ema.model, self.strategy)

@@ -11,7 +11,10 @@ import numpy as np
 import pytest
 from drawn import draw_folder, edit_manifest, files
 
+import sivae_dist
+from sivae_dist.config import from_dict
 from sivae_dist.data import pack as pack_module
+from sivae_dist.data.loader import ShardsConfig
 from sivae_dist.data.manifest import FILE_NAME
 from sivae_dist.data.pack import pack
 from sivae_dist.data.pack_shard import PackOptions
@@ -19,6 +22,7 @@ from sivae_dist.data.pyramid import disagreements, levels_of
 from sivae_dist.data.shard_read import ShardReader, load_index, load_manifest
 from sivae_dist.data.sources.folder import FolderSource
 from sivae_dist.data.store import FolderStore
+from sivae_dist.engine.judge import judge
 from sivae_dist.errors import UserError
 
 SIDES = (8, 16, 32)
@@ -229,6 +233,33 @@ def test_levels_that_differ_are_found(pyramid, tmp_path):
     assert "16/shard-000000 has other samples than" in problems[0]
     edit_manifest(tmp_path / "out" / "32", lambda raw: raw["shards"].pop())
     assert any("32 has other shards than" in p for p in disagreements(levels_of(tmp_path / "out")))
+
+
+def test_a_run_takes_its_resolution(pyramid, tmp_path, monkeypatch):
+    for url in (f"{pyramid}/out", f"file://{pyramid}/out/", "${RAWDATA}/out"):
+        monkeypatch.setenv("RAWDATA", str(pyramid))
+        data = ShardsConfig(url=url, workers=0).at((3, 16, 16))
+        assert data.url == f"{url.rstrip('/')}/16"
+        stream = data.build(seed=0, salt=0, rank=0, ranks=1)
+        assert stream.sample_shape == (3, 16, 16)
+        stream.close()
+        with pytest.raises(UserError, match="holds pictures of 8, 16, 32 pixels, the model takes 64"):
+            ShardsConfig(url=url).at((3, 64, 64))
+    for url in (f"{pyramid}/out/16", "", "http://x/out", "pipe:cat", f"{pyramid}/out/{{16,8}}"):
+        assert ShardsConfig(url=url).at((3, 64, 64)).url == url
+
+
+@pytest.mark.slow
+def test_training_and_evaluation_take_it_too(pyramid, tmp_path):
+    values = {
+        "model": {"image_size": 16, "channels": [4, 4], "zdim": 4},
+        "data": {"url": f"{pyramid}/out", "workers": 0},
+        "train": {"kimg": 0.008, "batch": 4},
+        "eval": {"images": 4},
+    }
+    sivae_dist.train(from_dict(values, "test"), tmp_path / "run")
+    metrics, _ = judge(tmp_path / "run", images=4)
+    assert "eval/psnr" in metrics
 
 
 def test_levels_are_read_like_any_shard_folder(pyramid):

@@ -70,11 +70,17 @@ def memory() -> list[Check]:
 
 
 def data(url: str) -> list[Check]:
-    """The manifest, the size of every shard, and the first and last sample of some shards, decoded."""
+    """The manifest, the size of every shard, and the first and last sample of some shards, decoded.
+
+    A folder with several resolutions is looked at resolution by resolution.
+    """
+    from sivae_dist.data.pyramid import levels_of  # noqa: PLC0415
     from sivae_dist.data.shard_read import ShardReader, load_manifest  # noqa: PLC0415
     from sivae_dist.data.store import open_store  # noqa: PLC0415
     from sivae_dist.errors import UserError  # noqa: PLC0415
 
+    if levels := levels_of(url):
+        return [check for level in levels for check in data(str(level))]
     store = open_store(url)
     manifest = load_manifest(store)
     bad: list[UserError] = []
