@@ -23,6 +23,7 @@ from sivae_dist.errors import UserError
 from sivae_dist.registry import component
 
 _SHOWN = 20
+_NUMBER = re.compile(r"-?[0-9]{1,9}")
 _NUMBERS = re.compile(r"'[^']*'|\d+")  # what differs between two pictures of one fault
 
 
@@ -103,7 +104,7 @@ def pack(
 
 def _resolutions(text: str) -> int | tuple[int, ...]:
     parts = [part.strip() for part in text.split(",")]
-    if not all(part.isascii() and part.isdecimal() and len(part) < 9 for part in parts):
+    if not all(_NUMBER.fullmatch(part) for part in parts):
         raise UserError(f"resolution is {text!r:.80}, expected pixels", "give 256, or 256,512,1024 for a pyramid")
     return tuple(sorted(map(int, parts))) if len(parts) > 1 else int(parts[0])
 
