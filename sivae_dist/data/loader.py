@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import typing
 import weakref
@@ -27,6 +28,7 @@ from sivae_dist.data.shard_read import load_manifest
 from sivae_dist.data.slots import Slots
 from sivae_dist.data.store import Access, open_store
 from sivae_dist.data.stores.address import fill, scheme_of
+from sivae_dist.data.stores.cache import BLOCK
 from sivae_dist.data.watch import Watch
 from sivae_dist.errors import UserError
 
@@ -218,6 +220,7 @@ class ShardStream:
         self._held_out = Settings(
             config.url, config.access(), m, m.of(self.held_out_split), None, None, turbo, tolerance
         )
+        self._tell_of_small_cache(sum(s.bytes for s in shards))
         self._running: weakref.WeakSet[_Batches] = weakref.WeakSet()
 
     def batches(self, start: int, size: int | Callable[[int], int]) -> Iterator[HostBatch]:
@@ -240,6 +243,21 @@ class ShardStream:
         # All that a worker may prepare, the batch in hand and the one before it.
         each = self.config.prefetch + 2 if workers else 2
         return Slots(max(1, workers), each, count * self._train.sample_bytes())
+
+    def _tell_of_small_cache(self, total: int) -> None:
+        """Warns where blocks would be driven out of the cache before they are used up, and fetched again and again."""
+        local = _ranks_here()
+        if scheme_of(self.config.url) in ("", "file") or not self.config.cache_gb or self.rank % local:
+            return
+        lanes = self.config.lanes * min(1.0, local / self.ranks)
+        needed = min(float(total), lanes * (self.plan.window * total / self.epoch_size + BLOCK))
+        if needed > self.config.cache_gb * 1e9:
+            what = (
+                f"data.cache_gb is {self.config.cache_gb:g}, but the lanes of this machine read {needed / 1e9:.1f} GB"
+            )
+            text = f"{what} at a time: blocks will be fetched again and again. Raise it, or lower data.window"
+            log.warning(text)
+            print(text, file=sys.stderr, flush=True)
 
     def held_out(self, limit: int, batch: int = 32) -> list[HostBatch]:
         """Every ranks-th of the first `limit` samples of `held_out_split`; position is the number in shard order."""
@@ -275,6 +293,12 @@ class ShardStream:
     def _start(self, batches: _Batches) -> _Batches:
         self._running.add(batches)
         return batches
+
+
+def _ranks_here() -> int:
+    """Ranks of this machine, by the launcher's environment; they share a cache."""
+    text = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    return max(1, int(text)) if text.isdecimal() else 1
 
 
 def _check(config: ShardsConfig, rank: int, ranks: int) -> None:

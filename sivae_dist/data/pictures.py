@@ -126,6 +126,7 @@ class Pictures(Dataset[HostBatch]):
         """
         s, report, labels = self.settings, Report(), np.zeros(len(shard), dtype=np.int64)
         reader = self._opened()
+        reader.prepare(shard, number)
         for place in np.lexsort((number, shard)).tolist():
 
             def read(shard: int, number: int, place: int = place) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import zlib
@@ -147,6 +148,22 @@ class ShardReader:
         while len(self._indices) > _INDICES_KEPT:
             self._indices.popitem(last=False)
         return index
+
+    def prepare(self, shards: npt.NDArray[np.int64], numbers: npt.NDArray[np.int64]) -> None:
+        """Is told which samples will be read now, so that a store elsewhere can fetch several at a time."""
+        new = [s for s in np.unique(shards).tolist() if s not in self._indices and s not in self._bad]
+        self.store.prepare([(f"{self.shards[shard].name}.index", 0, 0) for shard in new])
+        wanted = []
+        for shard, number in zip(shards.tolist(), numbers.tolist(), strict=True):
+            with contextlib.suppress(DataError):  # reading it will say so
+                index = self.index(shard)
+                wanted.append((f"{self.shards[shard].name}.tar", int(index.offset[number]), int(index.size[number])))
+        if wanted:
+            self.on_read(int(shards[0]), wanted[0][1], wanted[0][2])
+            try:
+                self.store.prepare(wanted)
+            finally:
+                self.on_read(-1, 0, 0)
 
     def known_key(self, shard: int, number: int) -> str:
         """The key of a sample, "" when the index of its shard is not at hand."""

@@ -15,11 +15,12 @@ from sivae_dist.data.manifest import MAX_MEMBER_BYTES, Manifest, ShardInfo, is_k
 from sivae_dist.data.procs import Tick, run_tasks, usable_cores
 from sivae_dist.data.shard_read import Index, ShardReader, load_manifest
 from sivae_dist.data.shard_write import BLOCK
-from sivae_dist.data.store import Store, open_store
+from sivae_dist.data.store import Access, Store, open_store
 from sivae_dist.errors import UserError
 
 _READ_AT_ONCE = 8 << 20
 _LISTED_PER_SHARD = 20
+_ACCESS = Access(cache_gb=0)  # what lies there is checked, not what was kept of it
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ def verify(url: str, *, workers: int | None = None, progress: bool = True) -> Ve
 
 
 def _verify_shard(shard: ShardInfo, tick: Tick, *, url: str, manifest: Manifest) -> _ShardReport:
-    store = open_store(url)
+    store = open_store(url, _ACCESS)
     reader = ShardReader(store, manifest, (shard,))
     problems: list[str] = []
     keys: set[int] = set()

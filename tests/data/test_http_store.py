@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from web import How, Server, serving
 
 from sivae_dist.data.faults import DataError, StorageError
+from sivae_dist.data.loader import ShardsConfig
 from sivae_dist.data.shard_read import ShardReader, load_manifest
 from sivae_dist.data.store import Access, FolderStore, open_store
 from sivae_dist.data.stores import cache, remote
@@ -310,3 +313,56 @@ def test_patterns_are_one_folder(packed, tmp_path, web, access):
     Path(tmp_path / "{a,b}x").mkdir()
     with pytest.raises(UserError, match="holds no manifest"):
         open_store(str(tmp_path / "{a,b}x"))
+
+
+def test_missing_blocks_are_fetched_together(web, packed, access, monkeypatch):
+    monkeypatch.setattr(cache, "BLOCK", 1024)
+    most, now, lock = [0], [0], threading.Lock()
+
+    def how(asked):
+        with lock:
+            now[0] += 1
+            most[0] = max(most[0], now[0])
+        time.sleep(0.05)
+        with lock:
+            now[0] -= 1
+        return How()
+
+    store = open_store(web.url, access)
+    manifest = load_manifest(store)
+    reader = ShardReader(store, manifest, manifest.shards)
+    truth = ShardReader(FolderStore(packed), manifest, manifest.shards)
+    web.how = how
+    shards, numbers = np.arange(6), np.array([0, 3, 1, 5, 2, 4])
+    reader.prepare(shards, numbers)
+    assert most[0] > 2
+    before = len(web.asked)
+    for shard, number in zip(shards.tolist(), numbers.tolist(), strict=True):
+        assert reader.encoded(shard, number) == truth.encoded(shard, number)
+    assert len(web.asked) == before, "everything was there"
+    assert len({(a.name, a.begin) for a in web.asked}) == len(web.asked), "nothing was asked for twice"
+
+
+def test_what_cannot_be_prepared_fails_where_it_is_read(web, packed, access, monkeypatch):
+    monkeypatch.setattr(cache, "BLOCK", 1024)
+    store = open_store(web.url, Access(**{**vars(access), "retries": 0}))
+    manifest = load_manifest(store)
+    reader = ShardReader(store, manifest, manifest.shards)
+    web.how = lambda a: How(404) if a.name in ("shard-000001.tar", "shard-000002.index") else How()
+    reader.prepare(np.arange(6), np.zeros(6, dtype=np.int64))
+    for shard in (1, 2):
+        with pytest.raises(DataError, match="is missing"):
+            reader.encoded(shard, 0)
+    reader.encoded(3, 0)
+    web.how = lambda a: How(500)
+    with pytest.raises(StorageError, match="the server answers 500"):
+        reader.prepare(np.arange(3, 6), np.array([4, 4, 4]))
+
+
+def test_a_cache_that_is_too_small_for_the_lanes_is_told(web, tmp_path, capsys):
+    def built(**settings):
+        ShardsConfig(url=web.url, cache_dir=str(tmp_path), **settings).build(seed=0, salt=0, rank=0, ranks=1)
+        return capsys.readouterr().err
+
+    assert "data.cache_gb is 1e-05, but the lanes of this machine read" in built(cache_gb=1e-5)
+    assert built(cache_gb=1) == ""

@@ -76,12 +76,12 @@ def data(url: str) -> list[Check]:
     """
     from sivae_dist.data.pyramid import levels_of  # noqa: PLC0415
     from sivae_dist.data.shard_read import ShardReader, load_manifest  # noqa: PLC0415
-    from sivae_dist.data.store import open_store  # noqa: PLC0415
+    from sivae_dist.data.store import Access, open_store  # noqa: PLC0415
     from sivae_dist.errors import UserError  # noqa: PLC0415
 
     if levels := levels_of(url):
         return [check for level in levels for check in data(str(level))]
-    store = open_store(url)
+    store = open_store(url, Access(cache_gb=0))
     manifest = load_manifest(store)
     bad: list[UserError] = []
     for shard in manifest.shards:

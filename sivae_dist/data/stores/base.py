@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -35,11 +36,18 @@ class Events:
 
     counts: Counter[str] = field(default_factory=Counter)
     notes: list[str] = field(default_factory=list)
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+    def count(self, name: str, number: int = 1) -> None:
+        """Counts; several threads may."""
+        with self._lock:
+            self.counts[name] += number
 
     def take(self) -> Events:
         """All of it, and begins anew."""
-        taken = Events(self.counts, self.notes)
-        self.counts, self.notes = Counter(), []
+        with self._lock:
+            taken = Events(self.counts, self.notes)
+            self.counts, self.notes = Counter(), []
         return taken
 
 
@@ -97,6 +105,13 @@ class Store(Protocol):
         """Is told that these bytes are damaged. Returns whether reading them again may give others."""
         ...
 
+    def prepare(self, wanted: Sequence[tuple[str, int, int]]) -> None:
+        """Is told ranges (name, offset, length; length 0: the whole of a small file) that will be read now.
+
+        What takes long to get is got for all of them at once. Raises StorageError; what else fails fails in `read`.
+        """
+        ...
+
     def close(self) -> None:
         """Gives back file handles or connections; the store may be used again afterwards."""
         ...
@@ -112,6 +127,9 @@ class NoMemory:
 
     def expect(self, files: Mapping[str, Expected]) -> None:
         """Nothing to remember."""
+
+    def prepare(self, wanted: Sequence[tuple[str, int, int]]) -> None:
+        """The kernel reads ahead by itself."""
 
     def forget(self, name: str, offset: int, length: int) -> bool:
         """No copy to throw away: the same bytes would be read again."""

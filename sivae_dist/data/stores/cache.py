@@ -14,6 +14,7 @@ import errno
 import fcntl
 import os
 import struct
+import threading
 import time
 import uuid
 import zlib
@@ -63,21 +64,27 @@ class BlockCache:
         self._opened: OrderedDict[str, _Open] = OrderedDict()
         self._refused_until = 0.0
         self._told = self._looked = False
+        self._lock = threading.RLock()  # of what is open: several threads may fetch
 
     def read(self, key: str, offset: int = 0, length: int | None = None) -> bytes | None:
         """Bytes of a block, None when it is not there."""
-        found = self._open(key)
-        if found is None:
-            return None
-        length = found.length - offset if length is None else length
-        try:
-            data = os.pread(found.handle, length, _HEAD.size + offset)
-        except OSError:
-            data = b""
-        if len(data) != length:
-            self.drop(key)
-            return None
-        return data
+        with self._lock:
+            found = self._open(key)
+            if found is None:
+                return None
+            length = found.length - offset if length is None else length
+            try:
+                data = os.pread(found.handle, length, _HEAD.size + offset)
+            except OSError:
+                data = b""
+            if len(data) != length:
+                self.drop(key)
+                return None
+            return data
+
+    def has(self, key: str) -> bool:
+        """Whether a block seems to be there; `read` knows better."""
+        return key in self._opened or self._path(key).exists()
 
     def accepts(self) -> bool:
         """Whether blocks can be kept, as far as is known."""
@@ -86,7 +93,7 @@ class BlockCache:
     def put(self, key: str, data: bytes) -> bool:
         """Keeps a block. Returns whether it did."""
         if not self.accepts():
-            self.events.counts["cache_refused"] += 1
+            self.events.count("cache_refused")
             return False
         try:
             self._make_room()
@@ -98,7 +105,7 @@ class BlockCache:
                 self._write(key, data)  # the disk is full of other things: be content with half
         except OSError as error:
             self._refused_until = time.monotonic() + _REFUSED_S
-            self.events.counts["cache_refused"] += 1
+            self.events.count("cache_refused")
             if not self._told:
                 self._told = True
                 why = error.strerror or type(error).__name__
@@ -108,15 +115,17 @@ class BlockCache:
 
     def drop(self, key: str) -> None:
         """Forgets a block."""
-        if found := self._opened.pop(key, None):
-            os.close(found.handle)
+        with self._lock:
+            if found := self._opened.pop(key, None):
+                os.close(found.handle)
         with contextlib.suppress(OSError):
             self._path(key).unlink()
 
     def close(self) -> None:
         """Closes files; the cache may be used again afterwards."""
-        while self._opened:
-            os.close(self._opened.popitem()[1].handle)
+        with self._lock:
+            while self._opened:
+                os.close(self._opened.popitem()[1].handle)
 
     @contextlib.contextmanager
     def lock(self, key: str, until: float) -> Iterator[None]:
@@ -157,7 +166,7 @@ class BlockCache:
         length = _checked_length(handle)
         if length is None:
             os.close(handle)
-            self.events.counts["cache_damaged"] += 1
+            self.events.count("cache_damaged")
             self.drop(key)
             return None
         with contextlib.suppress(OSError):
@@ -207,7 +216,7 @@ class BlockCache:
                 with contextlib.suppress(OSError):
                     os.unlink(path)
                     surplus -= size
-                    self.events.counts["cache_evicted"] += 1
+                    self.events.count("cache_evicted")
             with contextlib.suppress(OSError):
                 os.truncate(self.folder / "written", 0)
             return before - surplus

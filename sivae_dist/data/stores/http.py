@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import threading
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, unquote, urlsplit
@@ -28,6 +29,7 @@ class HttpTransport:
     def __init__(self, address: Address) -> None:
         self.address, self.url, self.manifest_name = address, address.shown, address.manifest_name
         self._pool: urllib3.PoolManager | None = None
+        self._lock = threading.Lock()
 
     def open(self, name: str, offset: int, length: int | None, patience: Patience) -> _Body:
         """Asks for a range of a file. Raises TransientError, DataError or StorageError."""
@@ -71,6 +73,10 @@ class HttpTransport:
             self._pool = None
 
     def _connections(self) -> urllib3.PoolManager:
+        with self._lock:
+            return self._pool or self._connect()
+
+    def _connect(self) -> urllib3.PoolManager:
         import urllib3  # noqa: PLC0415
 
         if self._pool is None:

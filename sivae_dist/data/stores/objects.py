@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,6 +22,7 @@ class ObjectTransport:
     def __init__(self, address: Address) -> None:
         self.address, self.url, self.manifest_name = address, address.shown, address.manifest_name
         self._files: Any = None
+        self._lock = threading.Lock()
         library, install = LIBRARIES[address.scheme]
         try:
             importlib.import_module(library)
@@ -56,6 +58,10 @@ class ObjectTransport:
         self._files = None
 
     def _client(self, patience: Patience) -> Any:
+        with self._lock:
+            return self._files or self._connect(patience)
+
+    def _connect(self, patience: Patience) -> Any:
         if self._files is None:
             import fsspec  # noqa: PLC0415
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from sivae_dist.data.manifest import MAX_MANIFEST_BYTES, Manifest, ShardInfo
 from sivae_dist.data.stores.base import Events, Expected, Store
@@ -82,6 +82,12 @@ class JoinedStore:
         """Is told that these bytes are damaged."""
         store, own = self._places[name]
         return store.forget(own, offset, length)
+
+    def prepare(self, wanted: Sequence[tuple[str, int, int]]) -> None:
+        """Passes on what will be read to the parts."""
+        for store in self._stores:
+            own = [(self._places[name], offset, length) for name, offset, length in wanted if name in self._places]
+            store.prepare([(place[1], offset, length) for place, offset, length in own if place[0] is store])
 
     def close(self) -> None:
         """Closes all parts."""

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import TypeVar
 
 from sivae_dist.data.faults import DataError, StorageError
+from sivae_dist.data.manifest import MAX_INDEX_BYTES
 from sivae_dist.data.stores.base import Access, Events, Expected
 from sivae_dist.data.stores.cache import BlockCache
 from sivae_dist.data.stores.transport import Body, Patience, TransientError, Transport
 
 T = TypeVar("T")
 
+_AT_ONCE = 8  # blocks on their way to one process
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 30.0
 _REMEDY = "upload the shard again, or pack the data set again; `sivae-dist data verify` lists all damage"
 
@@ -78,6 +83,33 @@ class RemoteStore:
                 self.cache.put(key, data)
         return data
 
+    def prepare(self, wanted: Sequence[tuple[str, int, int]]) -> None:
+        """Fetches the blocks of these ranges that are not there, several at a time: latency counts once, not for each.
+
+        No more than a quarter of the cache, lest they drive each other out. Raises StorageError.
+        """
+        cache, jobs = self.cache, dict[str, Callable[[], bytes]]()
+        if cache is None or self._whole_files_only or not cache.accepts():
+            return
+        for name, offset, length in wanted:
+            if (expected := self._expected.get(name)) is None:
+                continue
+            if not length:
+                jobs.setdefault(f"{expected.sha256}-whole", partial(self.whole, name, MAX_INDEX_BYTES))
+            for number in range(offset // cache.block, -(-(offset + length) // cache.block) if length else 0):
+                fetch = partial(self._cached, cache, name, expected, number, 0, 0)
+                jobs.setdefault(self._key(expected, number), fetch)
+        missing = [job for key, job in jobs.items() if not cache.has(key)][: max(1, cache.limit // cache.block // 4)]
+        if len(missing) < 2:
+            return
+        pool = ThreadPoolExecutor(min(_AT_ONCE, len(missing)), thread_name_prefix="fetch")
+        try:
+            for future in [pool.submit(job) for job in missing]:
+                with contextlib.suppress(DataError):
+                    future.result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
     def forget(self, name: str, offset: int, length: int) -> bool:
         """Drops the blocks of a range that turned out damaged: reading it again asks the server."""
         expected = self._expected.get(name)
@@ -85,7 +117,7 @@ class RemoteStore:
             self.cache.drop(f"{expected.sha256}-whole")
             for number in range(offset // self.cache.block, (offset + length) // self.cache.block + 1):
                 self.cache.drop(self._key(expected, number))
-        self.events.counts["reread"] += 1
+        self.events.count("reread")
         return True
 
     def close(self) -> None:
@@ -100,25 +132,25 @@ class RemoteStore:
 
     def _cached(self, cache: BlockCache, name: str, expected: Expected, number: int, begin: int, length: int) -> bytes:
         """Some bytes of one block, which is fetched when it is not there."""
-        key, counts = self._key(expected, number), self.events.counts
+        key, count = self._key(expected, number), self.events.count
         data = cache.read(key, begin, length)
         if data is not None:
-            counts["cache_hits"] += 1
+            count("cache_hits")
             return data
         until = time.monotonic() + self.access.limit_s / 3
         place = number * cache.block
         if not self._whole_files_only:
             if not cache.accepts():
-                counts["cache_refused"] += 1
+                count("cache_refused")
                 return self._range(name, place + begin, length)
             with cache.lock(key, until):
                 data = cache.read(key, begin, length)  # another process may have fetched it meanwhile
                 if data is not None:
-                    counts["cache_hits"] += 1
+                    count("cache_hits")
                     return data
                 try:
                     block = self._range(name, place, min(cache.block, expected.bytes - place))
-                    counts["cache_misses"] += 1
+                    count("cache_misses")
                     cache.put(key, block)
                     return block[begin : begin + length]
                 except _RangeIgnored:
@@ -127,7 +159,7 @@ class RemoteStore:
         with cache.lock(f"{expected.sha256}-all", until):
             data = cache.read(key, begin, length)
             if data is None:
-                counts["cache_misses"] += 1
+                count("cache_misses")
                 data = self._pour(cache, name, expected, number)[begin : begin + length]
         return data
 
@@ -156,7 +188,7 @@ class RemoteStore:
     def _receive(self, name: str, body: Body, got: bytearray, length: int) -> None:
         for chunk in body.chunks():
             got += chunk
-            self.events.counts["fetched_bytes"] += len(chunk)
+            self.events.count("fetched_bytes", len(chunk))
             if len(got) > length:
                 raise StorageError(f"{self.url}/{name}: more bytes come than were asked for", "check the server")
         if len(got) < length:
@@ -174,7 +206,7 @@ class RemoteStore:
                     if len(got) > limit:
                         what = f"{self.url}/{name} has more than {limit} bytes"
                         raise DataError("truncated", what, _REMEDY)
-                self.events.counts["fetched_bytes"] += len(got)
+                self.events.count("fetched_bytes", len(got))
             finally:
                 body.close()
             return bytes(got)
@@ -193,7 +225,7 @@ class RemoteStore:
                 self._check_total(name, body.total)
                 for chunk in body.chunks():
                     pending += chunk
-                    self.events.counts["fetched_bytes"] += len(chunk)
+                    self.events.count("fetched_bytes", len(chunk))
                     while len(pending) >= cache.block:
                         result = self._keep(cache, expected, number, pending[: cache.block], wanted) or result
                         del pending[: cache.block]
@@ -246,7 +278,7 @@ class RemoteStore:
                         f"{now - begun:.1f} s and {tries} attempts in vain",
                         "check the server and the network, or raise data.retries, data.read_timeout_s, data.timeout_s",
                     ) from None
-                self.events.counts["retries"] += 1
+                self.events.count("retries")
                 time.sleep(pause)
 
 
