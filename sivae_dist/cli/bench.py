@@ -1,4 +1,4 @@
-"""`sivae-dist bench kernels | toy | data`."""
+"""`sivae-dist bench kernels | toy | data | plan`."""
 
 from __future__ import annotations
 
@@ -146,4 +146,62 @@ def data(
         print(jsonlib.dumps(found, indent=1))
 
 
-COMMANDS: dict[str, Callable[..., object]] = {"bench kernels": kernels, "bench toy": toy, "bench data": data}
+def plan(
+    *,
+    samples: int = 3_000_000,
+    shards: int = 3_000,
+    ranks: int = 1024,
+    lanes: int = 1024,
+    window: int = 256,
+    batch: int = 8192,
+    tables: bool = False,
+    json: bool = False,
+) -> None:
+    """Simulate the data plan of a large set on many machines: its costs, its promises, how well it shuffles.
+
+    Args:
+        samples: In the data set.
+        shards: Of about equal size.
+        ranks: Processes that share a global batch.
+        lanes: data.lanes, at least as many as ranks.
+        window: data.window.
+        batch: Global batch.
+        tables: Also compare lanes and windows with a full shuffle, and the reads they take (minutes).
+        json: Print for programs.
+    """
+    from dataclasses import replace  # noqa: PLC0415 (--help stays quick)
+
+    from sivae_dist.apps.bench import plan as app  # noqa: PLC0415
+
+    for name, value in {"samples": samples, "shards": shards, "ranks": ranks, "batch": batch}.items():
+        if value < 1:
+            raise UserError(f"--{name} is {value}, expected 1 or more", f"give a larger --{name}")
+    if lanes < ranks:
+        raise UserError(f"--lanes is {lanes}, fewer than the {ranks} ranks", "give as many lanes as ranks, or more")
+    size = app.Size(samples=samples, shards=shards, ranks=ranks, lanes=lanes, window=window, batch=batch)
+    found: dict[str, object] = {**vars(size), "costs": app.costs(size), "promises": app.promises(size)}
+    if tables:
+        small = replace(size, batch=min(256, batch))
+        found["mixing"] = [app.mixing(small, *each) for each in app.CHOICES]
+    if json:
+        print(jsonlib.dumps(found, indent=1))
+        return
+    print(f"{samples} samples in {shards} shards, {ranks} ranks, {lanes} lanes, window {window}, batch {batch}")
+    for title in ("costs", "promises"):
+        print(title)
+        for key, value in found[title].items():  # type: ignore[attr-defined]
+            print(f"  {key:<28}{value:>12.4g}")
+    if tables:
+        rows = found["mixing"]
+        assert isinstance(rows, list)
+        print("".join(f"{name:>13}" for name in rows[0]))
+        for row in rows:
+            print("".join(f"{value:>13.4g}" for value in row.values()))
+
+
+COMMANDS: dict[str, Callable[..., object]] = {
+    "bench kernels": kernels,
+    "bench toy": toy,
+    "bench data": data,
+    "bench plan": plan,
+}
