@@ -40,6 +40,12 @@ class Drawn:
         mirror, shift, hue = (None if t is None else t.pin_memory() for t in (self.mirror, self.shift, self.hue))
         return Drawn(mirror, shift, self.fill, hue)
 
+    def on(self, device: torch.device) -> Drawn:
+        """The same on a device."""
+        tensors = (self.mirror, self.shift, self.hue)
+        mirror, shift, hue = (None if t is None else t.to(device, non_blocking=True) for t in tensors)
+        return Drawn(mirror, shift, self.fill, hue)
+
     def move(self, x: Tensor) -> Tensor:
         """Shifts and mirrors bytes: x (B, C, H, W) uint8 -> the same."""
         if self.shift is not None:

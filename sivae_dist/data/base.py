@@ -56,6 +56,19 @@ class HostBatch:
         augment = None if self.augment is None else self.augment.pin_memory()
         return HostBatch(self.data.pin_memory(), self.position.pin_memory(), label, augment, self.report)
 
+    def on(self, device: torch.device) -> HostBatch:
+        """The same with all bytes on a device."""
+        label = None if self.label is None else self.label.to(device, non_blocking=True)
+        augment = None if self.augment is None else self.augment.on(device)
+        data, position = (t.to(device, non_blocking=True) for t in (self.data, self.position))
+        return HostBatch(data, position, label, augment)
+
+    def tensors(self) -> list[Tensor]:
+        """All that it holds."""
+        a = self.augment
+        drawn = [] if a is None else [a.mirror, a.shift, a.hue]
+        return [t for t in (self.data, self.position, self.label, *drawn) if t is not None]
+
     def to(
         self,
         device: torch.device,

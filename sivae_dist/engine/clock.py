@@ -5,6 +5,8 @@ from __future__ import annotations
 import resource
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -33,6 +35,15 @@ class Clock:
     def data_arrived(self) -> None:
         """The batch is there."""
         self._waited += time.perf_counter() - self._start
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Within, later in the iteration, the next batch is asked for."""
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._waited += time.perf_counter() - begin
 
     def end(self, images: int) -> None:
         """After the iteration over a global batch of `images`."""

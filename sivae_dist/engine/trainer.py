@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sivae_dist.config import RunConfig, to_dict, to_yaml
 from sivae_dist.data import HostBatch, Stream
+from sivae_dist.data.ahead import DevicePrefetcher
 from sivae_dist.distributed import launch as launching
 from sivae_dist.distributed import strategies
 from sivae_dist.distributed.failure import announced
@@ -191,7 +192,7 @@ class Trainer:
             growing.enter(0)
             if config.eval.at_start:
                 self._evaluate()
-        batches = self.stream.batches(self.nimg, growing.size)
+        batches = self._batches()
         ran = save_due = False  # ran: an iteration has ended since the start or the last rollback
         results: dict[str, float] = {}
         try:
@@ -213,6 +214,9 @@ class Trainer:
                     self.iteration.drawn, observe = (look.drawn, look.observe) if look is not None else (None, None)
                     report = self.iteration(batch, nimg=self.nimg, global_batch=size, observe=observe)
                     self.nimg += size
+                    if batches.early and self.nimg < total:
+                        with self.clock.waiting():
+                            batches.ahead()
                     if not self.guard.passed(report.skip, self.nimg):
                         batches, ran = self._roll_back(), False
                         continue
@@ -349,7 +353,11 @@ class Trainer:
         if self.group.is_main:
             self.writer.save(saved)
 
-    def _roll_back(self) -> Iterator[HostBatch]:
+    def _batches(self) -> DevicePrefetcher:
+        """The stream from here on."""
+        return DevicePrefetcher(self.stream.batches(self.nimg, self.growing.size), self.device)
+
+    def _roll_back(self) -> DevicePrefetcher:
         """To the last good checkpoint, or the beginning; from there on with other data order and noise."""
         self.guard.roll_back(self.nimg, self.good.name if self.good else "the beginning")
         if self.group.is_main:
@@ -362,7 +370,7 @@ class Trainer:
         self.stream.close()
         self.salt += 1
         self.stream = self._open_stream()
-        return self.stream.batches(self.nimg, self.growing.size)
+        return self._batches()
 
     def _beginning(self) -> Snapshot:
         """The state before the first image, made anew from the seed."""

@@ -16,6 +16,7 @@ from memory_data import MemoryConfig
 import sivae_dist
 from sivae_dist.config import RunConfig, from_dict
 from sivae_dist.engine import checkpoint
+from sivae_dist.engine.clock import Clock
 from sivae_dist.engine.iteration import Iteration
 from sivae_dist.models.residual import ResidualConfig
 
@@ -85,3 +86,13 @@ def test_a_checkpoint_that_does_not_tell_leaves_the_total_out(tmp_path: Path) ->
     assert {row[1:] for row in totals(resumed)} == {(-1.0, -1.0)}
     state = checkpoint.read(resumed / "checkpoints" / checkpoint.name_of(6 * BATCH)).state
     assert state["clock"] == {}
+
+
+def test_waiting_for_the_next_batch_within_an_iteration_counts_as_waiting() -> None:
+    clock = Clock()
+    clock.begin()
+    clock.data_arrived()  # 1 s
+    with clock.waiting():  # 1 s
+        pass
+    clock.end(4)  # 4 s in all
+    assert clock.read()["time/data_wait_fraction"] == 2 / 4
