@@ -61,7 +61,7 @@ class HostBatch:
         label = None if self.label is None else self.label.to(device, non_blocking=True)
         augment = None if self.augment is None else self.augment.on(device)
         data, position = (t.to(device, non_blocking=True) for t in (self.data, self.position))
-        return HostBatch(data, position, label, augment)
+        return HostBatch(data, position, label, augment, self.report)
 
     def tensors(self) -> list[Tensor]:
         """All that it holds."""

@@ -125,15 +125,15 @@ class Pictures(Dataset[HostBatch]):
         Reads shard by shard and forwards, which disks and caches like.
         """
         s, report, labels = self.settings, Report(), np.zeros(len(shard), dtype=np.int64)
-        reader = self._opened()
+        reader, place = self._opened(), 0
         reader.prepare(shard, number)
+
+        def read(shard: int, number: int) -> int:
+            return reader.read_into(shard, number, out[place], turbo=s.turbo)[1] or 0
+
+        replacing = Replacing(reader, s.tolerance, read)
         for place in np.lexsort((number, shard)).tolist():
-
-            def read(shard: int, number: int, place: int = place) -> int:
-                return reader.read_into(shard, number, out[place], turbo=s.turbo)[1] or 0
-
             where = int(positions[place]), int(shard[place]), int(number[place])
-            replacing = Replacing(reader, s.tolerance, read)
             if s.plan is not None:
                 labels[place] = replacing.read(*where, report)
             else:

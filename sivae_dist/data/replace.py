@@ -6,11 +6,13 @@ position stays that of the slot: noise and augmentation are drawn as they would 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+import numpy.typing as npt
 
 from sivae_dist.counters import hash64, key
 from sivae_dist.data.faults import DataError, Fault, Report
@@ -43,7 +45,10 @@ class Replacing:
 
     def __init__(self, reader: ShardReader, tolerance: Tolerance, read: Callable[[int, int], int]) -> None:
         self.reader, self.tolerance, self._read = reader, tolerance, read
-        self._ends = np.cumsum([shard.count for shard in reader.shards])
+
+    @functools.cached_property
+    def _ends(self) -> npt.NDArray[np.int64]:
+        return np.cumsum([shard.count for shard in self.reader.shards])
 
     def read(self, position: int, shard: int, number: int, report: Report) -> int:
         """The sample, or the one that takes its place. Raises DataError where that is not wanted or not possible."""

@@ -7,6 +7,7 @@ import torch
 
 from sivae_dist.data import HostBatch
 from sivae_dist.data.ahead import DevicePrefetcher
+from sivae_dist.data.faults import Report
 from sivae_dist.data.loader import ShardsConfig
 from sivae_dist.errors import UserError
 
@@ -23,6 +24,7 @@ def assert_same(one, two) -> None:
     for a, b in zip(one.tensors(), two.tensors(), strict=True):
         assert torch.equal(a.cpu(), b.cpu())
     assert one.augment.fill == two.augment.fill
+    assert one.report == two.report
 
 
 @pytest.mark.parametrize("ahead", [True, False])
@@ -51,14 +53,17 @@ class Counted:
         self.asked += 1
         if self.asked > 3:
             raise UserError("the disk is gone", "put it back")
-        return HostBatch(torch.full((1, 1, 1, 1), self.asked, dtype=torch.uint8), torch.tensor([self.asked]))
+        pixels = torch.full((1, 1, 1, 1), self.asked, dtype=torch.uint8)
+        return HostBatch(pixels, torch.tensor([self.asked]), report=Report(notes=[str(self.asked)]))
 
 
 def test_what_fails_ahead_is_raised_in_its_turn():
     source = Counted()
     early = DevicePrefetcher(source, CPU, early=True)
     for number in (1, 2, 3):
-        assert next(early).position.tolist() == [number]
+        batch = next(early)
+        assert batch.position.tolist() == [number]
+        assert batch.report.notes == [str(number)]
         early.ahead()
         assert source.asked == number + 1
     with pytest.raises(UserError, match="the disk is gone"):
