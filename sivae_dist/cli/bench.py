@@ -1,9 +1,10 @@
-"""`sivae-dist bench kernels | toy | data | plan`."""
+"""`sivae-dist bench kernels | toy | data | plan | checkpoint`."""
 
 from __future__ import annotations
 
 import json as jsonlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Literal
 
 from sivae_dist.errors import UserError
@@ -199,9 +200,43 @@ def plan(
             print("".join(f"{value:>13.4g}" for value in row.values()))
 
 
+def checkpoint(config: Path, /, *, checkpoints: int = 3, out: Path | None = None, json: bool = False) -> None:
+    """Time how long training waits for a checkpoint in each format, and iterations while one is being written.
+
+    Several processes: accelerate launch ... -m sivae_dist bench checkpoint CONFIG.
+
+    Args:
+        config: A recipe (YAML); its pictures are drawn.
+        checkpoints: How many to write of each format, after one that warms up.
+        out: Where to write them, on the disk that counts. They are removed again.
+        json: Print for programs.
+    """
+    from sivae_dist.apps.bench import checkpoint as app  # noqa: PLC0415 (--help stays quick)
+    from sivae_dist.config import from_dict, read_yaml  # noqa: PLC0415
+
+    if checkpoints < 1:
+        raise UserError(f"--checkpoints is {checkpoints}, expected 1 or more", "3 is usual")
+    rows, launch = app.run(from_dict(read_yaml(config), str(config)), checkpoints=checkpoints, out=out)
+    if launch.group.is_main and json:
+        print(jsonlib.dumps([vars(row) for row in rows], indent=1))
+    elif launch.group.is_main:
+        facts = launch.describe()
+        print(f"{facts['ranks']} ranks on {facts['device']}, seconds, medians")
+        names = ("iteration", "during", "wait", "compare", "write")
+        print(f"{'format':<10}" + "".join(f"{name:>11}" for name in names) + f"{'MiB':>10}")
+        for row in rows:
+            print(
+                f"{row.format:<10}"
+                + "".join(f"{getattr(row, n):>11.3f}" for n in names)
+                + f"{row.bytes / 2**20:>10.1f}"
+            )
+    launch.finish()
+
+
 COMMANDS: dict[str, Callable[..., object]] = {
     "bench kernels": kernels,
     "bench toy": toy,
     "bench data": data,
     "bench plan": plan,
+    "bench checkpoint": checkpoint,
 }

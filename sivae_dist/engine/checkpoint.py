@@ -8,6 +8,8 @@
                                   files.json             size and sha256 of the others
     checkpoints/latest            name of the newest complete one
 
+Of the sharded format (see checkpoint_sharded) weights and optimizer lie in parts, shard-*.safetensors, one a rank.
+
 A checkpoint is written under another name, synced to disk and renamed; only then does `latest` move. So a run killed
 at any instant resumes from the last complete one. Everything is JSON or safetensors: reading executes nothing.
 """
@@ -19,6 +21,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,13 +32,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from sivae_dist.distributed.parts import NAME as PART_NAME
+from sivae_dist.distributed.parts import read_whole
 from sivae_dist.distributed.replicated import Replicated
 from sivae_dist.distributed.sharding import host_copies, put
 from sivae_dist.distributed.strategy import Strategy, moments
 from sivae_dist.engine.run_folder import write_atomic
 from sivae_dist.errors import UserError
 
-FORMAT = 1
+FORMAT = 2  # that this version reads; 1: whole files, 2: parts
 _MAX_JSON_BYTES = 16 << 20
 _NAME = re.compile(r"nimg-(\d{9,})")
 TENSOR_FILES = ("weights", "ema", "optimizer")
@@ -50,6 +55,7 @@ class Snapshot:
     tensors: dict[str, dict[str, Tensor]]  # file stem -> name -> tensor
     state: dict[str, Any] = field(default_factory=dict)  # JSON-able
     path: Path | None = None  # where it was read from
+    sharded: bool = False  # its tensors are still in the parts at `path`, except where they were asked for
 
 
 def snapshot(
@@ -88,6 +94,14 @@ def restore(saved: Snapshot, model: nn.Module, ema: nn.Module, optimizers: Strat
         player, _, rest = full_name.partition("/")
         name, _, key = rest.rpartition("/")
         stored.setdefault(player, {}).setdefault(name, {})[key] = tensor
+    load_optimizers(strategy, stored)
+
+
+def load_optimizers(strategy: Strategy, stored: Mapping[str, Mapping[str, Mapping[str, Tensor]]]) -> None:
+    """Takes up the states of all optimizers, player -> parameter -> state -> tensor, whole or shared as parameters are.
+
+    Raises UserError where one does not fit.
+    """
     for player, optimizer in strategy.optimizers.items():
         for name, parameter in strategy.parameters(player).items():
             states = stored[player].get(name)
@@ -139,11 +153,16 @@ def write(folder: Path, saved: Snapshot) -> Path:
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)  # a part of a checkpoint only fills the disk further
         raise
+    return publish(aside, final)
+
+
+def publish(aside: Path, final: Path) -> Path:
+    """Gives a folder of files that are all on the disk the name of a complete checkpoint, and moves `latest` to it."""
     remove(final)  # an earlier life of this run may have written it before it was taken back
     aside.rename(final)
-    _sync(folder)
-    write_atomic(folder / "latest", final.name + "\n")
-    _sync(folder)
+    _sync(final.parent)
+    write_atomic(final.parent / "latest", final.name + "\n")
+    _sync(final.parent)
     return final
 
 
@@ -151,13 +170,17 @@ def _write_files(aside: Path, saved: Snapshot) -> None:
     aside.mkdir(parents=True)
     for stem in TENSOR_FILES:
         save_file(saved.tensors[stem], aside / f"{stem}.safetensors")
-    (aside / "state.json").write_text(
-        json.dumps({"format": FORMAT, "nimg": saved.nimg, **saved.state}, indent=1), encoding="utf-8"
-    )
-    listing = {n: {"bytes": (aside / n).stat().st_size, "sha256": _sha256(aside / n)} for n in FILES}
+    write_lists(aside, {"format": 1, "nimg": saved.nimg, **saved.state})
+
+
+def write_lists(aside: Path, state: dict[str, Any]) -> None:
+    """state.json, then files.json of all files beside it; all is on the disk afterwards."""
+    (aside / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
+    files = sorted(path for path in aside.iterdir() if path.is_file())
+    listing = {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files}
     (aside / "files.json").write_text(json.dumps(listing, indent=1), encoding="utf-8")
-    for name in [*FILES, "files.json"]:
-        _sync(aside / name)
+    for path in [*files, aside / "files.json"]:
+        _sync(path)
     _sync(aside)
 
 
@@ -170,8 +193,11 @@ def remove(path: Path) -> None:
         shutil.rmtree(doomed, ignore_errors=True)
 
 
-def read(path: Path) -> Snapshot:
-    """Reads a checkpoint and checks it against its list of files. Raises UserError when it is damaged or newer."""
+def read(path: Path, *, parts: bool = True) -> Snapshot:
+    """Reads a checkpoint and checks it against its list of files. Raises UserError when it is damaged or newer.
+
+    parts: whether tensors in parts are read, too, into whole ones; else `checkpoint_sharded.restore` does it.
+    """
     try:
         state = _read_json(path / "state.json")
         # First of all: a newer format may have other files and other fields.
@@ -180,12 +206,19 @@ def read(path: Path) -> Snapshot:
                 f"{path} has checkpoint format {state['format']!r:.80}, this version reads up to {FORMAT}",
                 "update sivae-dist",
             )
-        for name, facts in listed(path).items():
+        listing = listed(path)
+        for name, facts in listing.items():
             if (path / name).stat().st_size != facts["bytes"] or _sha256(path / name) != facts["sha256"]:
                 raise UserError(f"{path / name} differs from what was written (size or sha256)", _RESTORE_ADVICE)
         _check_state(path / "state.json", state)
-        tensors = {stem: load_file(path / f"{stem}.safetensors") for stem in TENSOR_FILES}
-        return Snapshot(int(state["nimg"]), tensors, state, path)
+        if set(listing) == set(FILES):
+            tensors = {stem: load_file(path / f"{stem}.safetensors") for stem in TENSOR_FILES}
+            return Snapshot(int(state["nimg"]), tensors, state, path)
+        tensors = {}
+        if parts:
+            tensors = {stem: read_whole(path, f"{stem}/") for stem in ("weights", "optimizer")}
+            tensors["ema"] = load_file(path / "ema.safetensors")
+        return Snapshot(int(state["nimg"]), tensors, state, path, sharded=True)
     except KeyError as error:
         raise UserError(f"cannot read the checkpoint {path}: {error} is missing", _RESTORE_ADVICE) from error
     except (OSError, ValueError, TypeError, RecursionError, SafetensorError) as error:
@@ -195,7 +228,9 @@ def read(path: Path) -> Snapshot:
 def listed(path: Path) -> dict[str, dict[str, Any]]:
     """What files.json of a checkpoint says of each file: bytes and sha256. Raises UserError when it is no such list."""
     listing = _read_json(path / "files.json")
-    if set(listing) != set(FILES):
+    others = set(listing) - {"ema.safetensors", "state.json"}
+    in_parts = len(listing) == len(others) + 2 and others and all(PART_NAME.fullmatch(name) for name in others)
+    if set(listing) != set(FILES) and not in_parts:
         raise UserError(f"{path}/files.json does not list the files of a checkpoint", _RESTORE_ADVICE)
     return listing
 

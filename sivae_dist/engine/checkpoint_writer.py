@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 from safetensors import SafetensorError
+from torch import nn
 
+from sivae_dist.distributed.group import Group
+from sivae_dist.distributed.strategy import Strategy
 from sivae_dist.engine import checkpoint
 from sivae_dist.engine.checkpoint import Snapshot
 from sivae_dist.errors import UserError
@@ -31,6 +36,9 @@ class CheckpointConfig:
     """max or min: which value of `best` is the better one."""
     background: bool = True
     """Write in a thread while training goes on."""
+    format: Literal["whole", "sharded"] = "whole"
+    """whole: rank 0 gathers and writes everything. sharded: every rank writes the part it holds, and averaged weights
+    are put together afterwards. Either resumes on any number of ranks, under any strategy."""
 
     def __post_init__(self) -> None:
         if self.every_kimg <= 0 or self.keep_last < 1 or self.keep_every_kimg < 0:
@@ -46,8 +54,8 @@ class CheckpointConfig:
 class CheckpointWriter:
     """Writes checkpoints one after the other, in a thread if configured, and removes those no longer wanted."""
 
-    def __init__(self, config: CheckpointConfig, folder: Path) -> None:
-        self.config, self.folder = config, folder
+    def __init__(self, config: CheckpointConfig, folder: Path, group: Group | None = None) -> None:
+        self.config, self.folder, self.group = config, folder, group or Group()
         self._thread = ThreadPoolExecutor(1, "checkpoint") if config.background else None
         self._pending: Future[None] | None = None
 
@@ -56,11 +64,26 @@ class CheckpointWriter:
 
         saved.state["metrics"] holds what was evaluated at exactly this nimg; it decides which checkpoint is the best.
         """
+        self.begin(saved.nimg, lambda: checkpoint.write(self.folder, saved))
+
+    def take(self, nimg: int, model: nn.Module, ema: nn.Module, strategy: Strategy, state: dict[str, Any]) -> None:
+        """Copies the training state and begins writing it. Called on all ranks; collective."""
+        saved = checkpoint.snapshot(nimg, model, ema, strategy, state, keep=self.group.is_main)
+        if self.group.is_main:
+            self.save(saved)
+
+    def begin(self, nimg: int, write: Callable[[], object]) -> None:
+        """As `save`, by calling `write`."""
         self.wait()
         if self._thread is None:
-            self._write(saved)
+            self._write(nimg, write)
         else:
-            self._pending = self._thread.submit(self._write, saved)
+            self._pending = self._thread.submit(self._write, nimg, write)
+
+    @property
+    def writing(self) -> bool:
+        """Whether a checkpoint is being written in the background."""
+        return self._pending is not None and not self._pending.done()
 
     def wait(self) -> None:
         """Returns when nothing is being written. Raises what the writing raised."""
@@ -81,15 +104,16 @@ class CheckpointWriter:
             if self._thread is not None:
                 self._thread.shutdown()
 
-    def _write(self, saved: Snapshot) -> None:
+    def _write(self, nimg: int, write: Callable[[], object]) -> None:
         try:
-            checkpoint.write(self.folder, saved)
+            write()
         except (OSError, SafetensorError) as error:
             raise UserError(
-                f"cannot write the checkpoint of {saved.nimg} images into {self.folder}: {error}",
+                f"cannot write the checkpoint of {nimg} images into {self.folder}: {error}",
                 "make room (or check permissions) and run the same command again: it resumes from the one before",
             ) from error
-        self._prune()
+        if self.group.is_main:
+            self._prune()
 
     def _prune(self) -> None:
         found = checkpoint.complete(self.folder)

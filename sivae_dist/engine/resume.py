@@ -33,7 +33,7 @@ def find(run: RunFolder, resume_from: str, config: RunConfig) -> Snapshot | None
     path = checkpoint.latest(run.checkpoints) if resume_from == "auto" else Path(resume_from)
     if path is None:
         return None
-    saved = checkpoint.read(path)
+    saved = checkpoint.read(path, parts=False)
     if missing := [name for name in NEEDED if name not in saved.state]:
         raise UserError(f"the checkpoint {path} has no {' and no '.join(missing)} to go on from", "resume from another")
     stored, wanted = _complete(saved.state["config"], str(path)), to_dict(config)

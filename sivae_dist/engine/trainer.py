@@ -6,6 +6,7 @@ shard -> HostBatch -> Batch -> phases of the objective (each: forward, backward,
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,9 +21,8 @@ from sivae_dist.distributed import strategies
 from sivae_dist.distributed.failure import announced
 from sivae_dist.distributed.sharding import whole_model
 from sivae_dist.distributed.sync_batch_norm import synchronise_batch_norm
-from sivae_dist.engine import agreement, checkpoint, host_memory, resume
+from sivae_dist.engine import agreement, checkpoint, checkpoint_sharded, host_memory, resume
 from sivae_dist.engine.checkpoint import Snapshot
-from sivae_dist.engine.checkpoint_writer import CheckpointWriter
 from sivae_dist.engine.clock import Clock, memory
 from sivae_dist.engine.controller import Controller
 from sivae_dist.engine.ema import Ema
@@ -169,7 +169,8 @@ class Trainer:
         return data.build(seed=seed, salt=self.salt, rank=group.rank, ranks=group.ranks)
 
     def _restore(self, saved: Snapshot) -> None:
-        checkpoint.restore(saved, self.model, self.ema.model, self.strategy)
+        restore = checkpoint_sharded.restore if saved.sharded else checkpoint.restore
+        restore(saved, self.model, self.ema.model, self.strategy)
         self.nimg = self.saved_nimg = saved.nimg
         self.meters.load(saved.state["sums"])
         self.clock.load(saved.state.get("clock", {}), saved.nimg)
@@ -184,7 +185,7 @@ class Trainer:
         log.info("from %d to %d images, salt %d, %s", self.nimg, total, self.salt, self.launch.describe())
         self._describe()
         self.tracker = Tracker(config.tracking, self.folder, resumed_nimg=self.nimg, is_main=self.group.is_main)
-        self.writer = CheckpointWriter(config.checkpoint, self.folder.checkpoints)
+        self.writer = checkpoint_sharded.writer_for(config.checkpoint, self.folder.checkpoints, self.group)
         self.prints.begin(self.nimg)
         self.progress = Progress(total, self.nimg, enabled=config.tracking.progress and self.group.is_main)
 
@@ -348,10 +349,9 @@ class Trainer:
             "data": self.stream.fingerprint,
             "config": to_dict(self.config),
         }
-        models = (self.model, self.ema.model)
-        saved = checkpoint.snapshot(self.nimg, *models, self.strategy, state, keep=self.group.is_main)
-        if self.group.is_main:
-            self.writer.save(saved)
+        began = time.monotonic()
+        self.writer.take(self.nimg, self.model, self.ema.model, self.strategy, state)
+        log.info("training waited %.3f s for it", time.monotonic() - began)
 
     def _batches(self) -> DevicePrefetcher:
         """The stream from here on."""
@@ -360,10 +360,9 @@ class Trainer:
     def _roll_back(self) -> DevicePrefetcher:
         """To the last good checkpoint, or the beginning; from there on with other data order and noise."""
         self.guard.roll_back(self.nimg, self.good.name if self.good else "the beginning")
-        if self.group.is_main:
-            self.writer.wait()
+        self.writer.wait()
         self.group.barrier()  # now the checkpoint is there for all ranks
-        self._restore(checkpoint.read(self.good) if self.good else self._beginning())
+        self._restore(checkpoint.read(self.good, parts=False) if self.good else self._beginning())
         self.tracker.rewind(self.nimg)
         self.prints.begin(self.nimg)
         self.progress.rewind(self.nimg)

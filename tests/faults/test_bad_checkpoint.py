@@ -50,10 +50,10 @@ def test_the_fixture_goes_on(again) -> None:
 
 def test_newer_format(again) -> None:
     newest, command = again
-    change_state(newest, format=2, sums={"new": "meaning"})
+    change_state(newest, format=3, sums={"new": "meaning"})
     (newest / "controller.safetensors").write_bytes(b"a file of the future")
     signed(newest)
-    refused(command(), "checkpoint format 2, this version reads up to 1", "update sivae-dist")
+    refused(command(), "checkpoint format 3, this version reads up to 2", "update sivae-dist")
     assert (newest / "controller.safetensors").is_file()
 
 
