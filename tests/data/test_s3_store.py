@@ -75,6 +75,7 @@ def test_faults(bucket, tmp_path, packed, monkeypatch):
     with pytest.raises(DataError, match=r"has no byte|truncated"):
         reader.encoded(2, manifest.shards[2].count - 1)
     bucket.put_object(Bucket="data", Key="sets/packed/shard-000002.tar", Body=bytes(len(tar)))
+    reader = ShardReader(store, manifest, manifest.shards)  # the old one knows that this shard is bad
     with pytest.raises(DataError, match="checksum differs"):
         reader.encoded(2, 0)
     with pytest.raises(DataError, match=r"manifest\.json is missing"):
