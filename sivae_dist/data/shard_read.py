@@ -27,7 +27,7 @@ from sivae_dist.data.manifest import (
 )
 from sivae_dist.data.shard_write import BLOCK, INDEX_FORMAT, INDEX_VERSION
 from sivae_dist.data.store import Store
-from sivae_dist.data.stores.base import expected_files
+from sivae_dist.data.stores.base import NoMemory, expected_files
 from sivae_dist.data.watch import INDEX
 from sivae_dist.errors import UserError
 
@@ -151,6 +151,8 @@ class ShardReader:
 
     def prepare(self, shards: npt.NDArray[np.int64], numbers: npt.NDArray[np.int64]) -> None:
         """Is told which samples will be read now, so that a store elsewhere can fetch several at a time."""
+        if isinstance(self.store, NoMemory):
+            return  # it has nothing to prepare, and this would cost as much as reading
         new = [s for s in np.unique(shards).tolist() if s not in self._indices and s not in self._bad]
         self.store.prepare([(f"{self.shards[shard].name}.index", 0, 0) for shard in new])
         wanted = []
@@ -184,20 +186,20 @@ class ShardReader:
         index, name = self.index(shard), f"{self.shards[shard].name}.tar"
         offset, size, label = int(index.offset[number]), int(index.size[number]), int(index.label[number])
 
-        def good(data: bytes) -> bool:
-            return len(data) == size and zlib.crc32(data) == index.crc32[number]
-
+        crc32 = int(index.crc32[number])
         self.on_read(shard, offset, size)
         try:
             data = self.store.read(name, offset, size)
-            if not good(data) and self.store.forget(name, offset, size):  # a copy on the way was damaged, perhaps
+            whole = len(data) == size and zlib.crc32(data) == crc32
+            if not whole and self.store.forget(name, offset, size):  # a copy on the way was damaged, perhaps
                 data = self.store.read(name, offset, size)
+                whole = len(data) == size and zlib.crc32(data) == crc32
         except DataError as error:  # the file is not there, or another one is
             self._bad[shard] = error
             raise
         finally:
             self.on_read(-1, 0, 0)
-        if not good(data):
+        if not whole:
             reason, what = (
                 ("truncated", "is cut off") if len(data) != size else ("crc", "is damaged: its checksum differs")
             )
