@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import small_disk
 from commands import Done, Runner, ended, refused, start, write_config
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "data"))
+
+from web import serving
 
 MODEL = {"channels": [16, 32], "zdim": 16}  # about 0.8 MB a checkpoint
 
@@ -124,3 +129,18 @@ def test_tensorboards_thread_leaves_the_telling_to_the_run() -> None:
     done = ended(process, 60)
     assert done.stdout == "No space left on device\n", done
     assert done.stderr.count("Traceback") == 1 and "ZeroDivisionError" in done.stderr  # other threads' are shown
+
+
+def test_under_the_data_cache(inside: Runner, packed: Path, tmp_path: Path) -> None:
+    """The run goes on without it, says so once, and counts."""
+    disk = Disk(inside, tmp_path / "disk", "1m")
+    disk.fill(but_kb=8)
+    with serving(packed) as web:
+        data = {"cache_dir": str(disk.path / "cache"), "cache_gb": 0.1, "workers": 2}
+        config = write_config(tmp_path / "c.yaml", web.url, data=data)
+        done = inside("train", "--config", config, "--out", tmp_path / "run")
+    assert done.status == 0, done
+    assert "cannot write the data cache" in done.stderr
+    assert "No space left on device" in done.stderr
+    assert done.stderr.count("cannot write the data cache") == 1
+    assert "data/cache_refused" in (tmp_path / "run/metrics.jsonl").read_text()

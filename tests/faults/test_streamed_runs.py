@@ -143,6 +143,19 @@ def test_too_many_bad_samples_end_the_run(run: Runner, shards: Path, tmp_path: P
     assert not (tmp_path / "run/quarantine").exists()
 
 
+def test_commands_look_at_what_lies_on_the_server(run: Runner, shards: Path, tmp_path: Path) -> None:
+    with serving(shards) as web:
+        cache = {"XDG_CACHE_HOME": str(tmp_path / "home")}
+        done = run("data", "info", web.url, env=cache)
+        assert done.status == 0 and "40 samples" in done.stdout, done
+        assert run("data", "verify", web.url, "--workers", 2, env=cache).status == 0
+        damage(shards, 0, 3)
+        refused(run("data", "verify", f"{web.url}/manifest.json", "--workers", 1, env=cache), "damaged: shard-00000")
+        done = run("doctor", "--data", web.url, env=cache)
+        assert "first and last sample of" in done.stdout, done
+    assert not (tmp_path / "home/sivae-dist").exists(), "they keep nothing"
+
+
 def test_a_pipe_in_a_config_file_runs_nothing(run: Runner, packed: Path, tmp_path: Path) -> None:
     url = f"pipe:touch {tmp_path}/owned; cat {packed}/{{name}}"
     config = write_config(tmp_path / "c.yaml", url, data={"cache_dir": str(tmp_path / "cache"), "cache_gb": 0.01})
