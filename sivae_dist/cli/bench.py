@@ -1,4 +1,4 @@
-"""`sivae-dist bench kernels | toy | data | plan | checkpoint`."""
+"""`sivae-dist bench kernels | toy | reduce | data | plan | checkpoint`."""
 
 from __future__ import annotations
 
@@ -233,9 +233,50 @@ def checkpoint(config: Path, /, *, checkpoints: int = 3, out: Path | None = None
     launch.finish()
 
 
+def reduce(
+    *,
+    image_size: int = 64,
+    channels: tuple[int, ...] = (64, 128, 256, 512),
+    batch: int = 2,
+    bucket_mib: float = 16.0,
+    iterations: int = 10,
+    json: bool = False,
+) -> None:
+    """Time the strategy ddp with and without overlap: `accelerate launch ... -m sivae_dist bench reduce`.
+
+    Args:
+        image_size: Pixels a side of the residual network.
+        channels: Its widths.
+        batch: Images a rank.
+        bucket_mib: Gradients are summed in buckets of so many MiB.
+        iterations: Timed ones of each kind, in turn.
+        json: Print for programs.
+    """
+    from sivae_dist.apps.bench import reduce as app  # noqa: PLC0415 (--help stays quick)
+    from sivae_dist.distributed import launch  # noqa: PLC0415
+    from sivae_dist.models.residual import ResidualConfig  # noqa: PLC0415
+
+    started = launch.start(launch.DistributedConfig())
+    if started.group.ranks == 1:
+        raise UserError("one process sums nothing", "start it with `accelerate launch`, see launch/accelerate")
+    model = ResidualConfig(image_size=image_size, channels=channels, norm="group")
+    rows = app.run(started, model, batch=batch, bucket_mib=bucket_mib, iterations=iterations)
+    if started.group.is_main and json:
+        print(jsonlib.dumps([vars(row) for row in rows], indent=1))
+    elif started.group.is_main:
+        print(f"{started.group.ranks} ranks on {started.describe()['device']}, medians of {iterations}")
+        for row in rows:
+            print(
+                f"{row.name:<26}{row.seconds * 1e3:>10.1f} ms{row.nbytes / 2**20:>10.1f} MiB"
+                f"{row.collectives:>6.0f} collectives{rows[0].seconds / row.seconds:>8.2f} x"
+            )
+    started.finish()
+
+
 COMMANDS: dict[str, Callable[..., object]] = {
     "bench kernels": kernels,
     "bench toy": toy,
+    "bench reduce": reduce,
     "bench data": data,
     "bench plan": plan,
     "bench checkpoint": checkpoint,

@@ -22,6 +22,10 @@ class DistributedConfig:
     """ddp: every rank holds both players whole, gradients are summed. fsdp2: weights, gradients and optimizer state in
     shards, one a rank. deepspeed: ZeRO, the optimizer's state in shards. auto: what the accelerate config asks for
     (ddp where it asks for nothing)."""
+    overlap: bool = False
+    """ddp: gradients are summed while the backward pass goes on, not after it: the same results, more memory."""
+    bucket_mib: float = 16.0
+    """ddp: gradients are summed in buckets of so many MiB."""
     shard_ranks: int | None = None
     """fsdp2: ranks that hold one copy of everything together, such as those of one machine; None: all."""
     unit_parameters: int = 100_000
@@ -50,6 +54,8 @@ class DistributedConfig:
                 f"distributed: shard_ranks {self.shard_ranks}, unit_parameters {self.unit_parameters} are not in range",
                 "shard_ranks must be at least 2 (or left out), unit_parameters at least 0; strategy ddp shards nothing",
             )
+        if self.bucket_mib <= 0:
+            raise UserError(f"distributed.bucket_mib is {self.bucket_mib}, must be positive", "for example 16")
         if self.zero_stage not in (1, 2):
             raise UserError(
                 f"distributed.zero_stage is {self.zero_stage}, must be 1 or 2",

@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from sivae_dist.data import Stream
-from sivae_dist.distributed.replicated import BUCKET_BYTES
 from sivae_dist.engine.clock import memory
 from sivae_dist.engine.dry_run_measure import Stage, Stretch, measured, stretches_of
 from sivae_dist.engine.schedule import due
@@ -89,6 +88,7 @@ def sizes(trainer: Trainer, stages: list[Stage]) -> dict[str, int]:
     model = trainer.model
     parameters = _bytes(model.parameters())
     states = [value for o in trainer.optimizers.values() for s in o.state.values() for value in s.values()]
+    distributed = trainer.config.distributed
     largest = max(_bytes(player.parameters()) for player in (model.encoder, model.decoder))
     return {
         "weights": parameters + _bytes(model.buffers()),
@@ -96,7 +96,10 @@ def sizes(trainer: Trainer, stages: list[Stage]) -> dict[str, int]:
         "optimizer": _bytes(v for v in states if isinstance(v, Tensor)),
         "average": _bytes(trainer.ema.model.state_dict().values()),
         "activations": max(phase.activations for stage in stages for phase in stage.phases),
-        "communication": min(BUCKET_BYTES, largest) if trainer.group.ranks > 1 else 0,
+        # With overlap the sums of all buckets are under way at once.
+        "communication": (largest if distributed.overlap else min(int(distributed.bucket_mib * 2**20), largest))
+        if trainer.group.ranks > 1
+        else 0,
     }
 
 

@@ -68,17 +68,24 @@ def _cells(*options: DistributedConfig, dtypes: tuple[str, ...]) -> dict[str, Ce
 
 FSDP2 = DistributedConfig(strategy="fsdp2", unit_parameters=200)
 ZERO = DistributedConfig(strategy="deepspeed")
+# Buckets of a few parameters each, so that there are several; the same ones after the backward pass and within it.
+LATE = DistributedConfig(strategy="ddp", bucket_mib=0.002)
 CELLS = {
     **_cells(DistributedConfig(strategy="ddp"), dtypes=("fp64", "fp32", "bf16")),
     **_cells(FSDP2, dtypes=("fp64", "bf16")),
     **_cells(ZERO, replace(ZERO, zero_stage=2), dtypes=("fp32", "bf16")),
     "deepspeed1/fp32/offload": Cell(dtype="fp32", accumulation=2, distributed=replace(ZERO, zero_offload=True)),
+    **{
+        f"ddp-{when}/fp64/{network}": Cell(network, "fp64", accumulation, joint=joint, distributed=distributed)
+        for when, distributed in (("late", LATE), ("overlap", replace(LATE, overlap=True)))
+        for network, accumulation, joint in (("residual", 1, False), ("style", 4, False), ("residual-joint", 1, True))
+    },
     "fsdp2/fp64/keep-whole": Cell(distributed=replace(FSDP2, keep_whole=True)),
     "fsdp2/fp64/copies": Cell(accumulation=2, distributed=replace(FSDP2, shard_ranks=2)),  # with 4 ranks: two copies
 }
 FOUR_RANKS = ("fsdp2/fp64/copies",)
 # What the default run of the tests looks at, in a launch that it makes anyway.
-CORNER = ("fsdp2/fp64/1/residual", "fsdp2/fp64/1/style", "fsdp2/fp64/one-image", "fsdp2/fp64/joint")
+CORNER = ("ddp-late/fp64/residual", "ddp-overlap/fp64/residual", "fsdp2/fp64/1/residual", "fsdp2/fp64/1/style", "fsdp2/fp64/one-image", "fsdp2/fp64/joint")
 
 
 class Training:
@@ -86,7 +93,7 @@ class Training:
 
     def __init__(self, cell: Cell, group: Group, seed: int) -> None:
         torch.manual_seed(seed)
-        if cell.network == "residual":
+        if cell.network.startswith("residual"):
             # Batch statistics are those of a micro-batch, whose images depend on the number of ranks.
             norm = "batch" if cell.accumulation == 1 else "group"
             model = ResidualConfig(image_size=12, channels=(4, 6), zdim=5, norm=norm).build()  # type: ignore[arg-type]
@@ -121,6 +128,8 @@ def run(cell: Cell, group: Group) -> dict[str, np.ndarray]:
     numbers: dict[str, np.ndarray] = {}
     for number in range(ITERATIONS):
         if number == 2:
+            if cell.distributed.overlap:
+                numbers["traffic/early"] = np.array(training.strategy.sent_early)  # type: ignore[attr-defined]
             saved = training.snapshot()
             training = Training(cell, group, seed=1)
             checkpoint.restore(saved, training.model, training.ema.model, training.strategy)
