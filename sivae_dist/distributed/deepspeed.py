@@ -86,6 +86,8 @@ class Zero(Strategy):
             zero.micro_step_id = -1
             if zero.cpu_offload:
                 zero.reset_cpu_buffers()
+                for flat in zero.single_partition_of_fp32_groups:
+                    flat.grad.zero_()  # its padding, which no gradient overwrites, included
         self._reductions = {name: self._engines[name].coalesce_grad_reduction() for name in sorted(chosen)}
         for reduction in self._reductions.values():
             reduction.__enter__()

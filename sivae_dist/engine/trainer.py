@@ -287,7 +287,11 @@ class Trainer:
             write_atomic(self.folder.config, to_yaml(self.config))
             facts: dict[str, object] = {"launch": self.launch.describe(), "started_at_nimg": self.nimg}
             facts |= {"data": self.stream.fingerprint, "evaluated_on": self.stream.held_out_split}
-            facts |= {"kernels": self.kernels, "decoder": getattr(self.stream, "decoder", None)}
+            facts |= {
+                "strategy": self.strategy.name,
+                "kernels": self.kernels,
+                "decoder": getattr(self.stream, "decoder", None),
+            }
             facts |= {"code": agreement.code_hash(), "versions": agreement.versions()}
             write_json(self.folder.manifest, {**environment(), **facts})
 

@@ -43,12 +43,13 @@ class Cell:
     accumulation: int = 1
     size: int = 7  # global batch: does not divide by 2 or 3; 1 leaves ranks without data
     joint: bool = False  # one phase that trains both players
+    poisoned: bool = False  # rank 0's images are not numbers once: that iteration is skipped and leaves no trace
     distributed: DistributedConfig = DistributedConfig(strategy="ddp")
 
     @property
     def twin(self) -> Cell:
         """The training that it must equal: whole, on one rank, without micro-batches where these do not matter."""
-        return replace(self, distributed=DistributedConfig(strategy="ddp"))
+        return replace(self, poisoned=False, distributed=DistributedConfig(strategy="ddp"))
 
 
 def _cells(*options: DistributedConfig, dtypes: tuple[str, ...]) -> dict[str, Cell]:
@@ -62,6 +63,7 @@ def _cells(*options: DistributedConfig, dtypes: tuple[str, ...]) -> dict[str, Ce
                     cells[key] = Cell(network, dtype, accumulation, distributed=distributed)
         wide = dtypes[0]
         cells[f"{name}/{wide}/one-image"] = Cell(dtype=wide, size=1, distributed=distributed)
+        cells[f"{name}/{wide}/poisoned"] = Cell(dtype=wide, poisoned=True, distributed=distributed)
         cells[f"{name}/{wide}/joint"] = Cell(dtype=wide, joint=True, accumulation=2, distributed=distributed)
     return cells
 
@@ -74,7 +76,9 @@ CELLS = {
     **_cells(DistributedConfig(strategy="ddp"), dtypes=("fp64", "fp32", "bf16")),
     **_cells(FSDP2, dtypes=("fp64", "bf16")),
     **_cells(ZERO, replace(ZERO, zero_stage=2), dtypes=("fp32", "bf16")),
-    "deepspeed1/fp32/offload": Cell(dtype="fp32", accumulation=2, distributed=replace(ZERO, zero_offload=True)),
+    "deepspeed1/fp32/offload": Cell(
+        dtype="fp32", accumulation=2, poisoned=True, distributed=replace(ZERO, zero_offload=True)
+    ),
     **{
         f"ddp-{when}/fp64/{network}": Cell(network, "fp64", accumulation, joint=joint, distributed=distributed)
         for when, distributed in (("late", LATE), ("overlap", replace(LATE, overlap=True)))
@@ -135,8 +139,12 @@ def run(cell: Cell, group: Group) -> dict[str, np.ndarray]:
             checkpoint.restore(saved, training.model, training.ema.model, training.strategy)
         batch = share(global_batch(number, cell.size, training.model.sample_shape), group)
         batch = replace(batch, x=batch.x.to(training.dtype))
+        if cell.poisoned and number == 1:
+            bad = replace(batch, x=batch.x * float("nan") if group.is_main else batch.x)
+            assert training.iteration(bad, nimg=number * cell.size, global_batch=cell.size).skip is not None
+            training.strategy.traffic.take()
         report = training.iteration(batch, nimg=number * cell.size, global_batch=cell.size)
-        assert report.skip is None
+        assert report.skip is None, (cell, report.skip.text())
         training.ema.update(training.model, (number + 1) * cell.size, cell.size)
         for key, total in report.sums.items():
             numbers[f"term{number}/{'/'.join(key)}"] = group.sum_(total.detach().double()).numpy()

@@ -61,8 +61,8 @@ def check_traffic(cell: Cell, numbers: Mapping[str, np.ndarray], ranks: int) -> 
     if cell.distributed.strategy == "ddp":
         assert sent == nbytes
         assert collectives == 2 if cell.distributed.bucket_mib > 1 else collectives > 6
-    else:
-        assert sent > 2 * nbytes and collectives > 4  # gathered and summed at least once each
+    else:  # gathered and summed at least once each
+        assert sent >= 2 * nbytes and collectives >= 4
     assert ranks > 1
 
 
