@@ -36,6 +36,9 @@ class Staging:
     """Copies tensors to host memory, that is kept from one time to the next. The last copies are overwritten then."""
 
     def __init__(self) -> None:
+        import torch.distributed.checkpoint.hf_storage  # noqa: F401, PLC0415 (takes half a second: not in the first use)
+        from torch.distributed.checkpoint import staging, state_dict_saver  # noqa: F401, PLC0415
+
         self._stager: Any = None
 
     def __call__(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

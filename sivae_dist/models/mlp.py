@@ -37,6 +37,10 @@ class MlpEncoder(nn.Module):
         super().__init__()
         self.layers = make_layers(config.x_dim, config.width, config.hidden_layers, 2 * config.zdim)
 
+    def shard_units(self) -> list[nn.Module]:
+        """None but the player itself: its layers are used by their weights, not called (see distributed/fsdp2)."""
+        return []
+
     def forward(self, x: Tensor, condition: Tensor | None = None) -> Posterior:
         """Encodes; the first half of the output is mu, the second logvar. There is no conditional variant."""
         mu, logvar = _through(self.layers, x).chunk(2, dim=1)
@@ -49,6 +53,10 @@ class MlpDecoder(nn.Module):
     def __init__(self, config: MlpConfig) -> None:
         super().__init__()
         self.layers = make_layers(config.zdim, config.width, config.hidden_layers, config.x_dim)
+
+    def shard_units(self) -> list[nn.Module]:
+        """As the encoder's."""
+        return []
 
     def forward(self, z: Tensor, condition: Tensor | None = None) -> Tensor:
         """Decodes."""

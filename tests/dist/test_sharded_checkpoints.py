@@ -16,6 +16,8 @@ from safetensors.torch import load_file, save_file
 from test_ranks_differ import SETTINGS
 
 import sivae_dist
+from sivae_dist.apps.diff import diff
+from sivae_dist.apps.diff_report import summary
 from sivae_dist.config import from_dict
 from sivae_dist.distributed import parts
 from sivae_dist.distributed.group import Group
@@ -210,3 +212,26 @@ def test_a_rank_killed_while_it_writes_leaves_the_one_before(dies: int, tmp_path
     train(settings("sharded", 0.3, model=SETTINGS["model"]), tmp_path / "run")
     assert newest_in(folder).name == "nimg-000000300"
     assert not list(folder.glob(".nimg*"))
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+def test_a_training_on_other_ranks_and_strategies_each_time(tmp_path: Path) -> None:
+    """ddp on 2 ranks, fsdp2 on 3, one alone: the course of a run that never stopped, up to rounding."""
+    config = tmp_path / "config.yaml"
+    values = {**SETTINGS, "tracking": {**SETTINGS["tracking"], "fingerprints_every_kimg": 0.05}}
+    checkpoints = {**SETTINGS["checkpoint"], "format": "sharded", "keep_last": 3}
+    config.write_text(yaml.safe_dump({**values, "checkpoint": checkpoints}))
+    given = ["-m", "sivae_dist.train", "--config", str(config)]
+    run = tmp_path / "run"
+    for ranks, strategy, kimg in ((2, "ddp", 0.1), (3, "fsdp2", 0.2), (1, "ddp", 0.3)):
+        options = ["--out", str(run), "--distributed.strategy", strategy, "--train.kimg", str(kimg)]
+        done = accelerate_launch(ranks, *given, *options, timeout=240)
+        assert done.returncode == 0, done.stdout + done.stderr
+    alone = train(settings("whole", 0.3, model=SETTINGS["model"], tracking=values["tracking"]), tmp_path / "alone")
+    found = diff(alone, run, 1e-5)
+    assert found.verdict == "rounding", summary(found)
+    assert [step.nimg for step in found.steps] == [0, 50, 100, 150, 200, 250, 300]
+    parts_of = {p.name: len(list(p.glob("shard-*"))) for p in checkpoint.all_of(run / "checkpoints")}
+    assert parts_of == {"nimg-000000100": 2, "nimg-000000200": 3, "nimg-000000300": 1}
+    assert not any(checkpoint.damage(path) for path in checkpoint.all_of(run / "checkpoints"))
