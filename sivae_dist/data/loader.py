@@ -242,7 +242,7 @@ class ShardStream:
         count = max(parts) + (self.ranks > 1)
         # All that a worker may prepare, the batch in hand and the one before it.
         each = self.config.prefetch + 2 if workers else 2
-        return Slots(max(1, workers), each, count * self._train.sample_bytes())
+        return Slots(max(1, workers), each, count * self._train.sample_bytes(), shared=workers > 0)
 
     def _tell_of_small_cache(self, total: int) -> None:
         """Warns where blocks would be driven out of the cache before they are used up, and fetched again and again."""

@@ -9,6 +9,7 @@ plain way: a tensor of its own.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import mmap
 import weakref
@@ -35,14 +36,18 @@ class Place:
 class Slots:
     """`each` slots of `size` bytes for each of `workers` processes that are forked after this.
 
-    One byte a slot tells whether it is busy. Only its worker sets it and only the training process clears it.
+    One byte a slot tells whether it is busy. Only its worker sets it and only the training process clears it. shared:
+    False where the training process is its own worker.
     """
 
-    def __init__(self, workers: int, each: int, size: int) -> None:
+    def __init__(self, workers: int, each: int, size: int, *, shared: bool = True) -> None:
         self.each, self.size = each, size
         self._stride = -(-size // _PAGE) * _PAGE  # pages are the kernel's to give; slots do not share any
         # Anonymous memory, not a file in /dev/shm, whose size containers limit; pages that are never used cost nothing.
-        self._memory = mmap.mmap(-1, max(1, workers * each) * self._stride)
+        kind = mmap.MAP_ANONYMOUS | (mmap.MAP_SHARED if shared else mmap.MAP_PRIVATE)
+        self._memory = mmap.mmap(-1, max(1, workers * each) * self._stride, flags=kind)
+        with contextlib.suppress(AttributeError, OSError):  # large pages, where this kernel gives them on request
+            self._memory.madvise(mmap.MADV_HUGEPAGE)
         self._busy = np.frombuffer(mmap.mmap(-1, max(1, workers * each)), dtype=np.uint8)
         self.number = next(_numbers)
         _pools[self.number] = self
