@@ -143,6 +143,7 @@ def test_too_many_bad_samples_end_the_run(run: Runner, shards: Path, tmp_path: P
     assert not (tmp_path / "run/quarantine").exists()
 
 
+@pytest.mark.slow
 def test_commands_look_at_what_lies_on_the_server(run: Runner, shards: Path, tmp_path: Path) -> None:
     with serving(shards) as web:
         cache = {"XDG_CACHE_HOME": str(tmp_path / "home")}
