@@ -35,7 +35,7 @@ class Row:
     """Seconds, medians, of the slowest rank, and the bytes of all files.
 
     iteration: without a checkpoint under way; during: with one; wait: until training went on after asking for one;
-    compare: of the ranks' weights, before it; write: until it was complete.
+    compare: of the ranks' weights, before it; write: to the end of the iteration in which it was complete.
     """
 
     format: str
