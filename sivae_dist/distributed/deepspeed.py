@@ -57,7 +57,10 @@ class Zero(Strategy):
         self._reductions: dict[str, AbstractContextManager[None]] = {}
         for name, player in players.items():
             self._scalars[name] = [parameter for parameter in player.parameters() if parameter.dim() == 0]
-            for parameter in self._scalars[name]:  # whose bytes DeepSpeed cannot view when it sends weights to all
+            # DeepSpeed sends weights to all ranks as bytes, and has no such view of scalars and of channels_last ones.
+            for parameter in player.parameters():
+                parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
+            for parameter in self._scalars[name]:
                 parameter.data = parameter.data.view(1)
             with _quiet():
                 engine, *_ = deepspeed.initialize(

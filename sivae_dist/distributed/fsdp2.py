@@ -69,7 +69,7 @@ class Sharded(Strategy):
         self._whole: dict[str, list[nn.Parameter]] = {}  # scalars, which cannot be cut
         for name, player in players.items():
             for parameter in player.parameters():  # torch cuts contiguous tensors only, not channels_last ones
-                parameter.data = parameter.data.contiguous()
+                parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
             before = {key: id(parameter) for key, parameter in player.named_parameters()}
             whole = self._whole[name] = [parameter for parameter in player.parameters() if parameter.dim() == 0]
             for part in [*units(player, unit_parameters), player]:

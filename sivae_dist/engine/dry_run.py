@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from sivae_dist.data import Stream
+from sivae_dist.distributed.sharding import local
 from sivae_dist.engine.clock import memory
 from sivae_dist.engine.dry_run_measure import Stage, Stretch, measured, stretches_of
 from sivae_dist.engine.schedule import due
@@ -175,7 +176,8 @@ def _due_in(stretch: Stretch, every_kimg: float) -> int:
 
 
 def _bytes(tensors: Any) -> int:
-    return sum(t.numel() * t.element_size() for t in tensors)
+    """Of what this rank holds of them."""
+    return sum(held.numel() * held.element_size() for held in map(local, tensors))
 
 
 def _size(size: float) -> str:
