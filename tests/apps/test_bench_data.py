@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import multiprocessing
+import time
 from typing import Any
 
 import pytest
@@ -48,6 +50,20 @@ def test_every_way_is_timed(pictures: bench.Pictures, workers: int) -> None:
     assert names == {bench.BARE, "sivae-dist", "webdataset", "folder of files"}
     assert all(row.images_per_s > 0 and row.cpu_ms > 0 and row.of_bare > 0 for row in rows)
     assert rows[0].of_bare == rows[0].wall_of_bare == 1
+
+
+@pytest.mark.dist
+def test_the_time_of_processes_that_have_ended_counts() -> None:
+    def work() -> None:
+        end = time.process_time() + 0.2
+        while time.process_time() < end:
+            pass
+
+    before = bench._cpu()
+    process = multiprocessing.get_context("fork").Process(target=work)
+    process.start()
+    process.join()
+    assert bench._cpu() - before >= 0.18  # the kernel counts in steps of 10 ms
 
 
 def test_too_few_pictures_are_refused(pictures: bench.Pictures) -> None:

@@ -8,6 +8,7 @@ that others use too.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import multiprocessing
 import os
@@ -160,7 +161,15 @@ class _Files(Dataset[torch.Tensor]):
 
 def folder(pictures: Pictures, workers: int, batch: int) -> Contender:
     """A file a picture, and torch's DataLoader."""
-    loader = DataLoader(_Files(pictures.folder), batch, shuffle=True, num_workers=workers, drop_last=True)
+    # Workers that live on; by default they are started anew every epoch, which short ones would mostly consist of.
+    loader = DataLoader(
+        _Files(pictures.folder),
+        batch,
+        shuffle=True,
+        num_workers=workers,
+        drop_last=True,
+        persistent_workers=workers > 0,
+    )
     return Contender("folder of files", lambda: itertools.chain.from_iterable(itertools.repeat(loader)), lambda: None)
 
 
@@ -224,10 +233,14 @@ def _pixels(batch: Any) -> torch.Tensor:
 
 
 def _cpu() -> float:
-    """CPU seconds of this process and its living children."""
-    # A process' clock by its number, as clock_getcpuclockid(3) makes it.
-    children = [process.pid for process in multiprocessing.active_children() if process.pid]
-    return time.process_time() + sum(time.clock_gettime(~pid << 3 | 2) for pid in children)
+    """CPU seconds of this process and of its children, those that live and those that have ended."""
+    living = 0.0
+    for process in multiprocessing.active_children():  # this also collects those that have ended
+        with contextlib.suppress(OSError):
+            # A process' clock by its number, as clock_getcpuclockid(3) makes it.
+            living += time.clock_gettime(~(process.pid or 0) << 3 | 2)
+    ended = os.times()
+    return time.process_time() + ended.children_user + ended.children_system + living
 
 
 def _bare(pictures: Pictures, batch: int, processes: int, turbo: bool, seconds: float) -> tuple[float, float]:
