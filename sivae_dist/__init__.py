@@ -10,7 +10,7 @@ def __getattr__(name: str) -> object:
 
         return load
     if name == "train":
-        from sivae_dist.engine.trainer import train  # noqa: PLC0415
+        from sivae_dist.engine.run import train  # noqa: PLC0415
 
         return train
     raise AttributeError(f"module 'sivae_dist' has no attribute {name!r}")

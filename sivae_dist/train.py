@@ -15,8 +15,8 @@ from sivae_dist.cli.errors import guarded
 
 class _Callable(ModuleType):
     def __call__(self, *arguments: Any, **options: Any) -> Any:
-        """`sivae_dist.engine.trainer.train`, see there."""
-        from sivae_dist.engine.trainer import train  # noqa: PLC0415 (loads torch)
+        """`sivae_dist.engine.run.train`, see there."""
+        from sivae_dist.engine.run import train  # noqa: PLC0415 (loads torch)
 
         return train(*arguments, **options)
 

@@ -88,7 +88,7 @@ def run(arguments: list[str]) -> None:
     if command.print_config:
         print(to_yaml(command.run), end="")
         return
-    from sivae_dist.engine.trainer import train  # noqa: PLC0415 (--help and --print-config stay quick)
+    from sivae_dist.engine.run import train  # noqa: PLC0415 (--help and --print-config stay quick)
 
     out = command.out or f"runs/{Path(command.config).stem if command.config else command.run.model.name}"
     train(command.run, out, command.resume, dry_run=command.dry_run)

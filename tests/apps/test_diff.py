@@ -16,7 +16,7 @@ from sivae_dist.config import from_dict
 from sivae_dist.data.toy2d import Toy2dStream
 from sivae_dist.engine.fingerprints import Fingerprints
 from sivae_dist.engine.iteration import Iteration
-from sivae_dist.engine.trainer import train
+from sivae_dist.engine.run import train
 
 SETTINGS: dict[str, Any] = {
     "model": {"name": "mlp", "width": 8, "hidden_layers": 1},

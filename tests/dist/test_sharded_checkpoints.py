@@ -23,7 +23,7 @@ from sivae_dist.distributed import parts
 from sivae_dist.distributed.group import Group
 from sivae_dist.distributed.replicated import Replicated
 from sivae_dist.engine import checkpoint, checkpoint_sharded
-from sivae_dist.engine.trainer import train
+from sivae_dist.engine.run import train
 from sivae_dist.errors import UserError
 
 PROBE = str(Path(__file__).with_name("probe_sharded.py"))

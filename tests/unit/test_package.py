@@ -15,7 +15,7 @@ import sivae_dist
 def test_train_stays_callable_once_the_module_of_that_name_is_imported(monkeypatch: pytest.MonkeyPatch) -> None:
     """`python -m sivae_dist.train` needs a module, and a submodule becomes an attribute of its package."""
     calls: list[Any] = []
-    monkeypatch.setattr("sivae_dist.engine.trainer.train", lambda *a, **k: calls.append((a, k)) or "folder")
+    monkeypatch.setattr("sivae_dist.engine.run.train", lambda *a, **k: calls.append((a, k)) or "folder")
     module = importlib.import_module("sivae_dist.train")
     monkeypatch.setattr(sivae_dist, "train", module, raising=False)  # as right after the import
     assert sivae_dist.train("config", "out", dry_run=True) == "folder"
