@@ -18,8 +18,6 @@ from sivae_dist.data.pack_shard import PackOptions
 from sivae_dist.data.sources.scenes import ScenesSource
 from sivae_dist.errors import UserError
 
-pytest.importorskip("simplejpeg")
-
 
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory):
