@@ -108,14 +108,24 @@ def decode(data: bytes, *, resolution: int, channels: int, image_format: str) ->
     return np.array(pixels.transpose(2, 0, 1), order="C")
 
 
-def decode_into(data: bytes, out: npt.NDArray[np.uint8], *, image_format: str) -> None:
-    """The same into out (resolution, resolution, channels), as decoders make pixels and without another copy."""
+def decode_into(data: bytes, out: npt.NDArray[np.uint8], *, image_format: str, reduce: int = 1) -> None:
+    """The same into out (H, W, channels), as decoders make pixels and without another copy.
+
+    reduce: 1, 2, 4 or 8; the picture has reduce H x reduce W pixels, whose blocks of reduce x reduce become one: their
+    mean, or for JPEGs what libjpeg's inverse transform makes of the block's lowest frequencies, which decodes less.
+    """
     height, width, channels = out.shape
+    stored = (reduce * width, reduce * height)
     try:
         image = open_image(data, formats=(_PILLOW_NAMES[image_format],))
-        if image.size != (width, height):
-            raise UserError(f"is {image.size[0]}x{image.size[1]} pixels, expected {width}x{height}")
-        out[:] = np.asarray(to_channels(image, channels)).reshape(out.shape)
+        if image.size != stored:
+            raise UserError(f"is {image.size[0]}x{image.size[1]} pixels, expected {stored[0]}x{stored[1]}")
+        if reduce > 1 and image_format == "jpg":
+            image.draft(None, (width, height))
+        image = to_channels(image, channels)
+        if image.size == stored and reduce > 1:
+            image = image.reduce(reduce)
+        out[:] = np.asarray(image).reshape(out.shape)
     except (UserError, MemoryError):
         raise
     except Exception as error:  # on damaged files Pillow raises OSError, SyntaxError, ValueError, struct.error, ...

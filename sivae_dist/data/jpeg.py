@@ -21,6 +21,8 @@ from sivae_dist.errors import UserError
 
 DecoderName = Literal["auto", "pillow", "simplejpeg"]
 
+REDUCTIONS = (1, 2, 4, 8)  # times that pictures may be decoded smaller a side
+
 Pixels = npt.NDArray[np.uint8]
 
 _SPACES = {3: ("RGB", "YCbCr"), 1: ("GRAY", "Gray")}  # channels: what to decode to, what the file must hold for it
@@ -50,27 +52,33 @@ def unusable() -> tuple[str, str] | None:
     except ImportError as error:
         return f"it cannot be imported: {error}", "pip install 'sivae-dist[jpeg]', or set data.decoder to auto"
     for data, channels in _probes():
-        with Image.open(io.BytesIO(data)) as image:
-            expected = np.asarray(image)
-        found = np.empty((*expected.shape[:2], channels), dtype=np.uint8)
-        if not decode_into(data, found) or not np.array_equal(found, expected.reshape(found.shape)):
-            return (
-                "it decodes other pixels than Pillow does",
-                "set data.decoder to auto or pillow, or install the versions in constraints.txt",
-            )
+        for reduce in REDUCTIONS:
+            with Image.open(io.BytesIO(data)) as image:
+                image.draft(None, (image.width // reduce, image.height // reduce))
+                expected = np.asarray(image)
+            found = np.empty((*expected.shape[:2], channels), dtype=np.uint8)
+            if not decode_into(data, found, reduce) or not np.array_equal(found, expected.reshape(found.shape)):
+                return (
+                    "it decodes other pixels than Pillow does",
+                    "set data.decoder to auto or pillow, or install the versions in constraints.txt",
+                )
     return None
 
 
-def decode_into(data: bytes, out: Pixels) -> bool:
-    """Decodes into out (H, W, 3 or 1), contiguous. False, with anything in `out`, where Pillow is to be asked."""
+def decode_into(data: bytes, out: Pixels, reduce: int = 1) -> bool:
+    """Decodes into out (H, W, 3 or 1), contiguous. False, with anything in `out`, where Pillow is to be asked.
+
+    reduce: 1, 2, 4 or 8 times as many pixels a side are stored, see `decode.decode_into`.
+    """
     library = _library()
     height, width, channels = out.shape
     space, stored = _SPACES[channels]
     try:
         # The header first: nothing is decompressed unless it is what `out` has room for.
-        if library.decode_jpeg_header(data)[:3] != (height, width, stored):
+        if library.decode_jpeg_header(data)[:3] != (reduce * height, reduce * width, stored):
             return False
-        library.decode_jpeg(data, space, buffer=out)
+        # The least scale that gives so many pixels, which is 1 / reduce.
+        library.decode_jpeg(data, space, min_height=height, min_width=width, buffer=out)
     except (ValueError, RuntimeError):  # what it raises is not documented further
         return False
     return True
@@ -85,10 +93,10 @@ def _library() -> ModuleType:
 
 
 def _probes() -> list[tuple[bytes, int]]:
-    """Small noisy JPEGs of odd sizes: all subsamplings, fine and coarse quantisation, progressive, grey."""
-    noise = hash64(key(0, "jpeg probe"), np.arange(41 * 37 * 3, dtype=np.uint64)) >> np.uint64(58)
-    slopes = np.add.outer(np.arange(41) * 4, np.arange(37) * 3)[..., None] // np.array([1, 2, 3]) % 192
-    colour = Image.fromarray((slopes + noise.reshape(41, 37, 3).astype(np.int64)).astype(np.uint8))
+    """Small noisy JPEGs that end within a block: all subsamplings, fine and coarse quantisation, progressive, grey."""
+    noise = hash64(key(0, "jpeg probe"), np.arange(40 * 56 * 3, dtype=np.uint64)) >> np.uint64(58)
+    slopes = np.add.outer(np.arange(40) * 4, np.arange(56) * 3)[..., None] // np.array([1, 2, 3]) % 192
+    colour = Image.fromarray((slopes + noise.reshape(40, 56, 3).astype(np.int64)).astype(np.uint8))
     settings = [("RGB", {"quality": q, "subsampling": s}) for q, s in ((95, 0), (75, 1), (60, 2), (98, 2))]
     settings += [("RGB", {"quality": 90, "subsampling": 0, "progressive": True}), ("L", {"quality": 95})]
     probes = []

@@ -59,6 +59,9 @@ class ShardsConfig(DataConfig):
     decoder: DecoderName = "auto"
     """What decodes JPEGs: pillow, or simplejpeg, which is faster and an extra package (jpeg). Their pixels are the same
     bit for bit, which is checked at the start; auto takes simplejpeg where it is installed and passes the check."""
+    reduce: int = 1
+    """Decode pictures 2, 4 or 8 times smaller a side than they are packed. JPEGs are reduced while they are decoded,
+    which takes less time; not the Lanczos of a pyramid, see docs/data.md."""
     mirror: bool = True
     """Flip half of the pictures left-right. This and what follows is drawn anew each time a picture is served; held-out
     pictures stay as they are."""
@@ -108,11 +111,14 @@ class ShardsConfig(DataConfig):
         levels = levels_of(fill(self.url)[0]) if scheme_of(self.url) in ("", "file") else ()
         if not levels:
             return self
-        side, there = str(sample_shape[-1]), [level.name for level in levels]
+        side, there = str(sample_shape[-1] * self.reduce), [level.name for level in levels]
         if side not in there:
-            what = f"{self.url} holds pictures of {', '.join(there)} pixels, the model takes {side}"
+            what = f"{self.url} holds pictures of {', '.join(there)} pixels, {self._wants()} {side}"
             raise UserError(what, "pack the data at that resolution too, or set model.image_size to one of these")
         return replace(self, url=f"{self.url.rstrip('/')}/{side}")
+
+    def _wants(self) -> str:
+        return "the model takes" if self.reduce == 1 else f"with data.reduce {self.reduce} the model takes"
 
     def build(self, *, seed: int, salt: int, rank: int, ranks: int) -> ShardStream:
         """Reads the manifest only. Raises UserError for a folder or settings that cannot be used."""
@@ -209,16 +215,23 @@ class ShardStream:
             have = ", ".join(m.splits()) or "none"
             raise UserError(f"data.split is {config.split!r}, {config.url} has {have}", "choose one it has")
         self.plan = Plan([s.count for s in shards], lanes=config.lanes, window=config.window, seed=seed, salt=salt)
-        self.sample_shape: tuple[int, ...] = (m.channels, m.resolution, m.resolution)
+        if config.reduce not in jpeg.REDUCTIONS or m.resolution % config.reduce:
+            possible = [str(n) for n in jpeg.REDUCTIONS if m.resolution % n == 0]
+            what = f"data.reduce is {config.reduce} for pictures of {m.resolution} pixels"
+            raise UserError(what, f"use {', '.join(possible)}")
+        side = m.resolution // config.reduce
+        self.sample_shape: tuple[int, ...] = (m.channels, side, side)
         self.epoch_size, self.classes, self.fingerprint = self.plan.epoch_size, m.classes, m.fingerprint
         augmentation = Augmentation(seed, config.mirror, config.shift_px, config.shift_fill, config.hue)
-        augmentation.check(m.channels, m.resolution)
+        augmentation.check(m.channels, side)
         self.decoder = jpeg.choose(config.decoder, m.image_format)
         turbo, tolerance = self.decoder == "simplejpeg", Tolerance(config.on_error, seed, salt)
-        self._train = Settings(config.url, config.access(), m, shards, self.plan, augmentation, turbo, tolerance)
+        self._train = Settings(
+            config.url, config.access(), m, shards, self.plan, augmentation, turbo, tolerance, config.reduce
+        )
         self.held_out_split = config.held_out_split if m.of(config.held_out_split) else config.split
         self._held_out = Settings(
-            config.url, config.access(), m, m.of(self.held_out_split), None, None, turbo, tolerance
+            config.url, config.access(), m, m.of(self.held_out_split), None, None, turbo, tolerance, config.reduce
         )
         self._tell_of_small_cache(sum(s.bytes for s in shards))
         self._running: weakref.WeakSet[_Batches] = weakref.WeakSet()

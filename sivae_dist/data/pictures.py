@@ -65,10 +65,16 @@ class Settings:
     augmentation: Augmentation | None
     turbo: bool = False  # decode with data.jpeg
     tolerance: Tolerance = field(default_factory=Tolerance)
+    reduce: int = 1
+
+    @property
+    def side(self) -> int:
+        """Pixels a side of a decoded picture."""
+        return self.manifest.resolution // self.reduce
 
     def sample_bytes(self) -> int:
         """Bytes of a decoded picture."""
-        return self.manifest.resolution**2 * self.manifest.channels
+        return self.side**2 * self.manifest.channels
 
 
 class Pictures(Dataset[HostBatch]):
@@ -102,7 +108,7 @@ class Pictures(Dataset[HostBatch]):
             shard = np.searchsorted(self._ends, positions, side="right")
             number = positions - (self._ends - [i.count for i in s.shards])[shard]
         # Height, width, channels, as decoders write them: turning a picture costs as much as a third of decoding it.
-        shape = (len(positions), s.manifest.resolution, s.manifest.resolution, s.manifest.channels)
+        shape = (len(positions), s.side, s.side, s.manifest.channels)
         if place is None or self.slots is None:
             pixels = torch.empty(shape, dtype=torch.uint8)
             label, report = self._read(positions, shard, number, pixels.numpy())
@@ -129,7 +135,7 @@ class Pictures(Dataset[HostBatch]):
         reader.prepare(shard, number)
 
         def read(shard: int, number: int) -> int:
-            return reader.read_into(shard, number, out[place], turbo=s.turbo)[1] or 0
+            return reader.read_into(shard, number, out[place], turbo=s.turbo, reduce=s.reduce)[1] or 0
 
         replacing = Replacing(reader, s.tolerance, read)
         for place in np.lexsort((number, shard)).tolist():

@@ -214,16 +214,17 @@ class ShardReader:
         return Sample(key, np.array(pixels.transpose(2, 0, 1), order="C"), label)
 
     def read_into(
-        self, shard: int, number: int, out: npt.NDArray[np.uint8], *, turbo: bool = False
+        self, shard: int, number: int, out: npt.NDArray[np.uint8], *, turbo: bool = False, reduce: int = 1
     ) -> tuple[str, int | None]:
         """Decodes one sample into out (H, W, C), contiguous; key and label. Raises UserError naming shard and key.
 
         turbo: by `data.jpeg`, the same pixels faster; for JPEGs where `jpeg.unusable` knows nothing against it.
+        reduce: so many times smaller a side than packed, see `decode.decode_into`.
         """
         key, data, label = self.encoded(shard, number)
-        if not (turbo and jpeg.decode_into(data, out)):
+        if not (turbo and jpeg.decode_into(data, out, reduce)):
             try:
-                decode_into(data, out, image_format=self.manifest.image_format)
+                decode_into(data, out, image_format=self.manifest.image_format, reduce=reduce)
             except UserError as error:
                 name = f"{self.shards[shard].name}.tar"
                 what = f"{self.store.url}/{name}: sample {key!r}: {error.what}"
