@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -43,7 +44,7 @@ class How:
 class Server:
     """Serves `folder`. `how` decides about each request; `asked` lists them."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, tls: ssl.SSLContext | None = None) -> None:
         self.folder = folder
         self.asked: list[Asked] = []
         self.how: Callable[[Asked], How] = lambda _: How()
@@ -69,7 +70,9 @@ class Server:
                 pass  # connections that the reader or we ourselves have cut
 
         self._server = Threads(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
+        if tls is not None:
+            self._server.socket = tls.wrap_socket(self._server.socket, server_side=True, do_handshake_on_connect=False)
+        self.url = f"{'https' if tls else 'http'}://127.0.0.1:{self._server.server_address[1]}"
         threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
 
     def close(self) -> None:
@@ -141,8 +144,8 @@ class Server:
 
 
 @contextlib.contextmanager
-def serving(folder: Path) -> Iterator[Server]:
-    server = Server(folder)
+def serving(folder: Path, tls: ssl.SSLContext | None = None) -> Iterator[Server]:
+    server = Server(folder, tls)
     try:
         yield server
     finally:
