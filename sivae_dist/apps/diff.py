@@ -214,8 +214,9 @@ def _things(one: dict[str, Any], two: dict[str, Any]) -> Iterator[Thing]:
         if (a is None) != (b is None):
             yield Thing(name, False, None)
         elif isinstance(a, list) and isinstance(b, list):
-            same = a[0] == b[0]
-            yield Thing(name, same, 0.0 if same else _apart(float(a[1]), float(b[1])))
+            apart = 0.0 if a == b else _apart(float(a[1]), float(b[1]))
+            hashed = a[0] is not None and b[0] is not None  # flat shards have a norm only
+            yield Thing(name, a[0] == b[0] if hashed else apart == 0, apart)
         elif isinstance(a, float) or isinstance(b, float):
             apart = _apart(float(a), float(b))
             yield Thing(name, apart == 0, apart)

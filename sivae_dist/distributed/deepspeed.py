@@ -39,6 +39,7 @@ class Zero(Strategy):
     """ZeRO of stage 1 or 2. offload: optimizer state and step on the host. float32 weights only."""
 
     name = "deepspeed"
+    gradients_by_parameter = False
 
     def __init__(
         self,
@@ -123,6 +124,10 @@ class Zero(Strategy):
     def _as_scalars(self, name: str) -> None:
         for parameter in self._scalars[name]:
             parameter.data = parameter.data.view(())
+
+    def gradients(self, name: str) -> dict[str, Tensor]:
+        """This rank's part of the summed gradient, by number of the flat shard."""
+        return {str(number): shard for number, shard in enumerate(self._shards(name))}
 
     def _shards(self, name: str) -> list[Tensor]:
         """This rank's part of the summed gradient, as the step will take it."""

@@ -84,6 +84,7 @@ class Strategy(ABC):
     """
 
     name: ClassVar[str]
+    gradients_by_parameter: ClassVar[bool] = True  # else `gradients` gives this rank's flat shards
 
     def __init__(
         self,
@@ -168,6 +169,10 @@ class Strategy(ABC):
         for name in self.players:
             for parameter in self.parameters(name).values():
                 parameter.requires_grad_(name in names)
+
+    def gradients(self, name: str) -> dict[str, Tensor]:
+        """What the next step will take, after `reduce`: by parameter, those without a gradient left out."""
+        return {key: p.grad for key, p in self.parameters(name).items() if p.grad is not None}
 
     def _held(self, name: str) -> dict[str, nn.Parameter]:
         held = {id(p) for group in self.optimizers[name].param_groups for p in group["params"]}

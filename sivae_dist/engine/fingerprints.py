@@ -7,7 +7,8 @@ whether other bits are close:
      "data":      {"positions": HASH, "x": [HASH, NORM]}    of the whole batch, as the networks saw it
      "noise":     [HASH, NORM]                              all draws of the objective
      "losses":    {"PHASE/TERM": mean over the batch}       in the order of the phases
-     "gradients": {"PHASE/PLAYER": [HASH, NORM]}            summed over ranks, clipped
+     "gradients": {"PHASE/PLAYER": [HASH, NORM]}            summed over ranks, clipped; HASH null where a strategy has
+                                                            them as flat shards only
      "weights", "average", "optimizer": {PLAYER: [HASH, NORM]}   after the iteration
      "took_s"}                                              what the row cost
 
@@ -136,9 +137,15 @@ class Look:
         """The gradients of a phase, summed over ranks, before its step."""
         self._enter()
         for name in phase.trains:
-            parameters = self.strategy.parameters(name)
-            gradients = {key: p.grad for key, p in parameters.items() if p.grad is not None}
-            self.gradients[f"{phase.name}/{name}"] = _pair(gradients, self.group)
+            gradients = self.strategy.gradients(name)
+            if self.strategy.gradients_by_parameter:
+                pair = _pair(gradients, self.group)
+            else:
+                squares = self.squares.new_zeros(())
+                for shard in gradients.values():
+                    squares += _square(shard).to(squares.device)
+                pair = [None, float(self.group.sum_(squares).sqrt())]
+            self.gradients[f"{phase.name}/{name}"] = pair
         self._left = time.monotonic()
 
     def result(self) -> dict[str, Any]:

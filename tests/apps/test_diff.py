@@ -14,6 +14,7 @@ from sivae_dist.apps import diff as app
 from sivae_dist.cli import main
 from sivae_dist.config import from_dict
 from sivae_dist.data.toy2d import Toy2dStream
+from sivae_dist.distributed.replicated import Replicated
 from sivae_dist.engine.fingerprints import Fingerprints
 from sivae_dist.engine.iteration import Iteration
 from sivae_dist.engine.run import train
@@ -142,6 +143,22 @@ def test_rounding_is_told_from_difference(plain: Path, tmp_path: Path, capsys: p
     assert "different, " not in said
     assert status(plain, other, "--tolerance", 0) == 1
     assert capsys.readouterr().out.splitlines()[-1].startswith("different from 50 images")
+
+
+def test_gradients_in_flat_shards_are_compared_by_norm(
+    plain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Replicated, "gradients_by_parameter", False)
+    alike = made(tmp_path / "alike")
+    told = [json.loads(line) for line in (alike / "fingerprints.jsonl").read_text().splitlines()]
+    pairs = [pair for row in told for pair in row.get("gradients", {}).values()]
+    assert pairs
+    assert all(pair[0] is None and pair[1] > 0 for pair in pairs)
+    status(plain, alike)
+    assert "different" not in capsys.readouterr().out
+    a_lost_gradient(monkeypatch)
+    assert status(plain, made(tmp_path / "other")) == 1
+    assert "what it begins with: gradient: encoder/encoder; " in capsys.readouterr().out
 
 
 def test_a_gap_before_the_difference_is_told(plain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

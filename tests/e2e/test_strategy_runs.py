@@ -51,4 +51,7 @@ def test_a_run_in_three_parts(file: str, config: Path, tmp_path: Path) -> None:
         for tag in ("loss/encoder", "loss/decoder", "eval/psnr"):
             if tag in row and row["nimg"] in rows and tag in rows[row["nimg"]]:
                 assert rows[row["nimg"]][tag] == pytest.approx(row[tag], rel=TOLERANCE), (tag, row["nimg"])
+    done = sivae_dist("diff", str(whole), str(parts), "--tolerance", str(TOLERANCE))
+    assert (done.returncode, done.stderr) == (1, "")
+    assert done.stdout.splitlines()[-1].startswith("differ in rounding from ")
     assert any(row.get("dist/bytes_per_step", 0) > 0 for row in rows.values())
