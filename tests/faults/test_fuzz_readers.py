@@ -8,7 +8,7 @@ import resource
 import shutil
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from sivae_dist.config import from_dict, read_yaml, to_dict
 from sivae_dist.data.manifest import Manifest
 from sivae_dist.data.shard_read import ShardReader
 from sivae_dist.data.store import FolderStore
+from sivae_dist.data.stores.base import Events, Expected
 from sivae_dist.data.verify import verify
 from sivae_dist.engine import checkpoint
 from sivae_dist.engine.ema import Ema, EmaConfig
@@ -68,9 +69,14 @@ class Memory:
     """A store whose files lie in memory."""
 
     url = "memory"
+    manifest_name = "manifest.json"
 
     def __init__(self, files: dict[str, bytes]) -> None:
         self.files = files
+        self.events = Events()
+
+    def expect(self, files: Mapping[str, Expected]) -> None:
+        pass
 
     def size(self, name: str) -> int:
         return len(self._get(name))
@@ -78,6 +84,16 @@ class Memory:
     def read(self, name: str, offset: int, length: int) -> bytes:
         assert 0 <= length <= 1 << 30
         return self._get(name)[offset : offset + length]
+
+    def whole(self, name: str, limit: int) -> bytes:
+        assert len(self._get(name)) <= limit
+        return self._get(name)
+
+    def forget(self, name: str, offset: int, length: int) -> bool:
+        return False
+
+    def prepare(self, wanted: Sequence[tuple[str, int, int]]) -> None:
+        pass
 
     def close(self) -> None:
         pass
