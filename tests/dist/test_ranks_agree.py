@@ -22,7 +22,7 @@ def alone() -> dict[str, np.ndarray]:
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_several_ranks_equal_one(ranks: int, alone: dict[str, np.ndarray], tmp_path: Path) -> None:
     file = tmp_path / "numbers.npz"
     done = accelerate_launch(ranks, str(Path(__file__).with_name("probe_training.py")), str(file), str(ranks))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fnmatch
 from collections import Counter
 from pathlib import Path
 
 import house_rules as rules
+import pytest
 
 TESTS = Path(__file__).resolve().parents[1]
 
@@ -25,3 +27,11 @@ def test_helpers_are_not_imported_from_a_conftest() -> None:
         if module.split(".")[0] == "conftest"
     ]
     assert not found
+
+
+def test_no_folder_of_tests_is_passed_over(pytestconfig: pytest.Config) -> None:
+    """pytest leaves out folders by name; one called `dist` would never be run unless it is named."""
+    patterns = pytestconfig.getini("norecursedirs")
+    folders = {part for path in TESTS.rglob("test_*.py") for part in path.relative_to(TESTS).parts[:-1]}
+    assert "dist" in folders
+    assert not [name for name in folders for pattern in patterns if fnmatch.fnmatch(name, pattern)]
