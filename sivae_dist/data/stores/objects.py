@@ -8,11 +8,12 @@ from collections.abc import Iterator
 from typing import Any
 
 from sivae_dist.data.faults import DataError, StorageError
+from sivae_dist.data.stores import google
 from sivae_dist.data.stores.address import Address
 from sivae_dist.data.stores.transport import Patience, TransientError
 from sivae_dist.errors import UserError
 
-LIBRARIES = {"s3": ("s3fs", "pip install 'sivae-dist[s3]'"), "gs": ("gcsfs", "pip install gcsfs")}
+LIBRARIES = {"s3": ("s3fs", "pip install 'sivae-dist[s3]'"), "gs": ("gcsfs", "pip install 'sivae-dist[gs]'")}
 _ATTEMPTS = 1  # attempts are counted in one place for all kinds of storage
 
 
@@ -25,7 +26,10 @@ class ObjectTransport:
         self._lock = threading.Lock()
         library, install = LIBRARIES[address.scheme]
         try:
-            importlib.import_module(library)
+            if address.scheme == "gs":
+                google.load()
+            else:
+                importlib.import_module(library)
         except ImportError:
             what = f"data.url {self.url!r:.120} needs {library}, which is not installed"
             raise UserError(what, install) from None
@@ -62,15 +66,15 @@ class ObjectTransport:
             return self._files or self._connect(patience)
 
     def _connect(self, patience: Patience) -> Any:
-        if self._files is None:
+        if self._files is None and self.address.scheme == "gs":
+            self._files = google.connect(self.url, patience)
+        elif self._files is None:
             import fsspec  # noqa: PLC0415
 
-            options: dict[str, Any] = {}
-            if self.address.scheme == "s3":
-                waits = {"connect_timeout": patience.connect_s, "read_timeout": patience.read_s}
-                options["config_kwargs"] = waits | {"retries": {"total_max_attempts": _ATTEMPTS}}
+            waits = {"connect_timeout": patience.connect_s, "read_timeout": patience.read_s}
+            options = waits | {"retries": {"total_max_attempts": _ATTEMPTS}}
             self._files = fsspec.filesystem(
-                self.address.scheme, skip_instance_cache=True, use_listings_cache=False, **options
+                self.address.scheme, skip_instance_cache=True, use_listings_cache=False, config_kwargs=options
             )
             self._files.retries = _ATTEMPTS
         return self._files
@@ -80,6 +84,8 @@ class ObjectTransport:
         where, kind = f"{self.url}/{name}", type(error).__name__
         if isinstance(error, FileNotFoundError):
             return DataError("missing", f"{where} is missing", "upload it again, or check bucket and prefix")
+        if self.address.scheme == "gs":
+            return google.meaning(error, where, offset, self.address.clean)
         if isinstance(error, PermissionError) or kind in ("NoCredentialsError", "PartialCredentialsError"):
             text = self.address.clean(str(error))
             return StorageError(f"{where} is refused: {text}", "check the credentials of this process")
