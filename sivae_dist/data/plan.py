@@ -1,10 +1,12 @@
 """Which sample when: index arithmetic from a position in the stream to (shard, index in the shard), without any I/O.
 
-An epoch has N samples and L lanes. Each epoch permutes the shards, lays their samples end to end, and cuts that
-sequence into L contiguous runs; lanes below N % L get N // L + 1 samples, the others N // L. Which run belongs to which
-lane is permuted too. Position p of an epoch is the (p // L)-th sample of lane p % L, and a lane is read through windows
-that are shuffled one by one. So reads stay local, everything is random access, and nothing depends on ranks, workers or
-batch.
+Position P of the stream belongs to lane P % L, over all epochs, so that any run of positions is spread over the lanes
+as evenly as can be. An epoch has N samples. It permutes the shards, lays their samples end to end, and cuts that
+sequence into L contiguous runs, one a lane. Lanes take their turns from the epoch's first position on: position p of
+the epoch is the (p // L)-th sample of the lane whose turn is p % L; turns below N % L have N // L + 1 samples, the
+others N // L. Which run belongs to which turn is permuted too, and a run is read through windows that are shuffled one
+by one. So reads stay local, everything is random access, and nothing depends on ranks, workers or batch. Tables of an
+epoch go by turns: which lane it begins with does not change what is served when.
 """
 
 from __future__ import annotations
@@ -34,8 +36,8 @@ class _Epoch:
 
     order: Int64  # (S,) shard at each place of the sequence
     first: Int64  # (S+1,) sequence number of the first sample at each place
-    start: Int64  # (L,) sequence number where the lane's run begins
-    phase: Int64  # (L,) how far into its first window the lane begins
+    start: Int64  # (L,) by turn: sequence number where the run begins
+    phase: Int64  # (L,) how far into its first window it begins
     window_key: int
     orders: OrderedDict[int, tuple[npt.NDArray[np.int32], int]]  # of windows asked for lately: as `_window_orders`
 
@@ -72,15 +74,21 @@ class Plan:
         self._cache: OrderedDict[int, _Epoch] = OrderedDict()
 
     def lane_sizes(self) -> Int64:
-        """Samples per lane and epoch, (L,), the longer ones first."""
+        """Samples of an epoch by turn, (L,), the longer ones first; the lanes of the first epoch are in this order."""
         return self._base + (np.arange(self.lanes) < self._longer).astype(np.int64)
 
     def owned(self, start: int, size: int, rank: int, ranks: int) -> Int64:
         """The positions in [start, start + size) whose lane belongs to `rank` (lane % ranks == rank), ascending."""
-        positions: Int64 = np.arange(start, start + size, dtype=np.int64)
-        lane = positions % self.epoch_size % self.lanes
-        mine: Int64 = positions[lane % ranks == rank]
+        mine: Int64 = start + np.flatnonzero(self.owners(start, size, ranks) == rank)
         return mine
+
+    def owners(self, start: int, size: int, ranks: int) -> Int64:
+        """The rank that serves each of the positions [start, start + size), (size,).
+
+        Where the lanes are a multiple of the ranks, the ranks' parts differ by one at most, wherever epochs end.
+        """
+        owner: Int64 = np.arange(start, start + size, dtype=np.int64) % self.lanes % ranks
+        return owner
 
     def locate(self, positions: Int64) -> tuple[Int64, Int64]:
         """Stream positions (B,), in any order, of any epochs -> shard (B,) and index in that shard (B,)."""

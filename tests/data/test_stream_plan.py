@@ -43,11 +43,20 @@ def test_ranks_partition_every_batch_and_do_not_change_the_order(counts, lanes, 
     parts = [plan.owned(start, batch, rank, ranks) for rank in range(ranks)]
     np.testing.assert_array_equal(np.sort(np.concatenate(parts)), expected)
     for rank, part in enumerate(parts):
-        assert ((part % plan.epoch_size % lanes) % ranks == rank).all()
+        assert (part % lanes % ranks == rank).all()
         one_by_one = [plan.locate(np.array([p])) for p in part]
         together = plan.locate(part)
         assert [int(s[0]) for s, _ in one_by_one] == together[0].tolist()
         assert [int(i[0]) for _, i in one_by_one] == together[1].tolist()
+
+
+@given(COUNTS, st.integers(1, 7), st.integers(1, 6), st.integers(1, 90), st.integers(0, 500))
+@settings(max_examples=100, deadline=None)
+def test_parts_differ_by_one_at_most_wherever_epochs_end(counts, ranks, times, batch, start):
+    plan = Plan(counts, lanes=ranks * times, window=5)
+    parts = [len(plan.owned(start, batch, rank, ranks)) for rank in range(ranks)]
+    assert sum(parts) == batch
+    assert max(parts) - min(parts) <= 1
 
 
 @given(COUNTS, LANES, WINDOW, st.integers(0, 300))

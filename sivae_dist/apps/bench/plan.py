@@ -208,8 +208,7 @@ def _unevenness(plan: Plan, size: Size) -> tuple[int, int]:
     """Over the batches of two epochs: max - min of the ranks' numbers of samples, without and with an epoch's end."""
     within = straddling = 0
     for start in range(0, 2 * size.samples, size.batch):
-        lane = np.arange(start, start + size.batch) % size.samples % plan.lanes
-        parts = np.bincount(lane % size.ranks, minlength=size.ranks)
+        parts = np.bincount(plan.owners(start, size.batch, size.ranks), minlength=size.ranks)
         gap = int(parts.max() - parts.min())
         if start // size.samples == (start + size.batch - 1) // size.samples:
             within = max(within, gap)
