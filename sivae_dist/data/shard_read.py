@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sivae_dist.data import jpeg
+from sivae_dist.data.again import BadShards
 from sivae_dist.data.decode import decode_into
 from sivae_dist.data.faults import DataError
 from sivae_dist.data.manifest import (
@@ -125,14 +126,18 @@ class ShardReader:
         self.store, self.manifest, self.shards = store, manifest, shards
         store.expect(expected_files(manifest))
         self._indices: OrderedDict[int, Index] = OrderedDict()
-        self._bad: dict[int, DataError] = {}  # shards of which nothing can be read; asking again would take long
+        self._bad = BadShards()
         self.on_read: Callable[[int, int, int], None] = lambda *_: None
         """Is told (shard, offset, size) before each read, INDEX for the index, and (-1, 0, 0) when it has ended."""
 
     def index(self, shard: int) -> Index:
         """The index of a shard by its number in `shards`; also checks that the tar has the size the manifest says."""
-        if shard in self._bad:
-            raise self._bad[shard]
+        if error := self._bad.error(shard):
+            raise error
+        if self._bad.begins(shard):
+            self._indices.pop(shard, None)
+            self.store.renew(f"{self.shards[shard].name}.index")
+            self.store.renew(f"{self.shards[shard].name}.tar")
         if shard in self._indices:
             self._indices.move_to_end(shard)
             return self._indices[shard]
@@ -140,7 +145,7 @@ class ShardReader:
         try:
             index = self._load_index(shard)
         except DataError as error:
-            self._bad[shard] = error
+            self._bad.failed(shard, error)
             raise
         finally:
             self.on_read(-1, 0, 0)
@@ -153,7 +158,7 @@ class ShardReader:
         """Is told which samples will be read now, so that a store elsewhere can fetch several at a time."""
         if isinstance(self.store, NoMemory):
             return  # it has nothing to prepare, and this would cost as much as reading
-        new = [s for s in np.unique(shards).tolist() if s not in self._indices and s not in self._bad]
+        new = [s for s in np.unique(shards).tolist() if s not in self._indices and not self._bad.error(s)]
         self.store.prepare([(f"{self.shards[shard].name}.index", 0, 0) for shard in new])
         wanted = []
         for shard, number in zip(shards.tolist(), numbers.tolist(), strict=True):
@@ -195,10 +200,12 @@ class ShardReader:
                 data = self.store.read(name, offset, size)
                 whole = len(data) == size and zlib.crc32(data) == crc32
         except DataError as error:  # the file is not there, or another one is
-            self._bad[shard] = error
+            self._bad.failed(shard, error)
             raise
         finally:
             self.on_read(-1, 0, 0)
+        if self._bad.works(shard):
+            self.store.events.notes.append(f"{self.store.url}/{name} can be read again")
         if not whole:
             reason, what = (
                 ("truncated", "is cut off") if len(data) != size else ("crc", "is damaged: its checksum differs")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import shutil
 import time
+import traceback
 import zlib
 from pathlib import Path
 
@@ -13,7 +15,8 @@ import numpy as np
 import pytest
 from web import How, serving
 
-from sivae_dist.data.faults import REASONS
+from sivae_dist.data.again import BadShards
+from sivae_dist.data.faults import REASONS, DataError
 from sivae_dist.data.loader import ShardsConfig
 from sivae_dist.data.plan import Plan
 from sivae_dist.data.replace import Tolerance
@@ -160,6 +163,69 @@ def test_a_server_that_fails_is_never_skipped(packed, tmp_path):
         assert {f.reason for f in faults.values()} == {"missing"}
         assert len(faults) == len(rows(packed, "shard-000001"))
         assert web.names().count("shard-000001.tar") == 1, "a shard that is not there is asked for once"
+
+
+@pytest.mark.parametrize("way", ["folder", "http", "pattern"])
+@pytest.mark.parametrize("reason", ["missing", "truncated", "index", "gone later"])
+def test_a_shard_that_comes_back_is_used_again(packed, folder, monkeypatch, reason, way):
+    """After ever longer pauses, and from then on its own samples are served, as if nothing had been."""
+    now = [1000.0]
+    monkeypatch.setattr("sivae_dist.data.again._clock", lambda: now[0])
+    whole, _ = served(packed, count=360)
+    with contextlib.ExitStack() as stack:
+        web = stack.enter_context(serving(folder)) if way == "http" else None
+        count = len(list(folder.glob("*.tar")))
+        braces = f"{folder}/shard-{{000000..{count - 1:06d}}}.tar"
+        source = stream(web.url if web else braces if way == "pattern" else folder, cache_gb=0)
+        batches = source.batches(0, 36)
+        if reason == "gone later":
+            assert next(batches).report is None or way == "http"
+            source._running.copy().pop()._pictures.close()  # so that files are opened again
+        DAMAGE["missing" if reason == "gone later" else reason](folder)
+        asked = []
+        for pause in (0, 1, 28.5, 1, 58, 2):  # 30 s after the first failure, then 60 s after the second
+            now[0] += pause
+            before = len(web.asked) if web else 0
+            batch = next(batches)
+            assert len(batch.report.faults) == len(rows(packed, "shard-000001"))
+            assert not batch.report.notes
+            asked.append(any(a.name.startswith("shard-000001") for a in web.asked[before:]) if web else None)
+        if way == "http":
+            assert asked == [True, False, False, True, False, True]
+        for path in packed.glob("shard-000001.*"):
+            shutil.copy(path, folder / f"{path.name}.new").replace(folder / path.name)
+        now[0] += 119
+        assert len(next(batches).report.faults) == len(rows(packed, "shard-000001"))
+        now[0] += 2
+        batch = next(batches)
+        assert not batch.report.faults
+        assert len(batch.report.notes) == 1
+        assert batch.report.notes[0].endswith("shard-000001.tar can be read again")
+        for i, position in enumerate(batch.position.tolist()):
+            assert batch.data[i].numpy().tobytes() == whole[position][2]
+        source.close()
+
+
+def test_pauses_grow_and_end_growing(monkeypatch):
+    now, bad = [0.0], BadShards()
+    monkeypatch.setattr("sivae_dist.data.again._clock", lambda: now[0])
+    error, pauses = DataError("missing", "gone"), []
+    for _ in range(9):
+        bad.failed(4, error)
+        begun = now[0]
+        while bad.error(4):
+            now[0] += 1
+        assert bad.begins(4)
+        assert not bad.begins(4)
+        pauses.append(now[0] - begun)
+    assert pauses == [30, 60, 120, 240, 480, 960, 1800, 1800, 1800]
+    assert bad.works(4)
+    assert not bad.works(4)
+    bad.failed(4, error)
+    for _ in range(100):
+        with pytest.raises(DataError):
+            raise bad.error(4)
+    assert len(traceback.extract_tb(error.__traceback__)) < 5
 
 
 def test_quarantine_has_the_bytes(folder):

@@ -105,6 +105,10 @@ class Store(Protocol):
         """Is told that these bytes are damaged. Returns whether reading them again may give others."""
         ...
 
+    def renew(self, name: str) -> None:
+        """Is told that a file will be asked for again that was missing or another one: an open one is outdated."""
+        ...
+
     def prepare(self, wanted: Sequence[tuple[str, int, int]]) -> None:
         """Is told ranges (name, offset, length; length 0: the whole of a small file) that will be read now.
 
@@ -134,3 +138,6 @@ class NoMemory:
     def forget(self, name: str, offset: int, length: int) -> bool:
         """No copy to throw away: the same bytes would be read again."""
         return False
+
+    def renew(self, name: str) -> None:
+        """Nothing is kept open."""

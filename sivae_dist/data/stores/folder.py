@@ -46,6 +46,11 @@ class FolderStore(NoMemory):
             raise DataError("truncated", what, "copy the file again, or pack the data set again")
         return self.read(name, 0, size)
 
+    def renew(self, name: str) -> None:
+        """Closes the file: another one may lie there by now."""
+        if (handle := self._open.pop(name, None)) is not None:
+            os.close(handle)
+
     def close(self) -> None:
         """Closes all file handles; the store may be used again afterwards."""
         while self._open:

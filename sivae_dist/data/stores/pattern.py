@@ -83,6 +83,11 @@ class JoinedStore:
         store, own = self._places[name]
         return store.forget(own, offset, length)
 
+    def renew(self, name: str) -> None:
+        """Is told that a file will be asked for again."""
+        store, own = self._places[name]
+        store.renew(own)
+
     def prepare(self, wanted: Sequence[tuple[str, int, int]]) -> None:
         """Passes on what will be read to the parts."""
         for store in self._stores:
