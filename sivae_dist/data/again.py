@@ -1,8 +1,8 @@
 """Shards of which nothing could be read: when they are asked for again.
 
-Asking takes long where servers are far, so a shard that failed is left alone for a while: FIRST_S seconds, then twice as
-long after every failure, at most MOST_S. A shard that comes back is used from then on. Until it does, what is served in
-its place depends on the position alone (`replace`), however often it was asked for.
+Asking takes long where servers are far, so a shard that failed is left alone for a while: FIRST_S seconds, then twice
+as long after every failure, at most MOST_S. A shard that comes back is used from then on. Until it does, what is served
+in its place depends on the position alone (`replace`), however often it was asked for.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class BadShards:
         return bad.error.with_traceback(None)  # raised again and again, it would collect the stacks of all of them
 
     def begins(self, shard: int) -> bool:
-        """Whether this is the first time since it failed that the shard is asked for: what is held of it is outdated."""
+        """Whether the shard is asked for the first time since it failed: what is held of it is outdated."""
         bad = self._bad.get(shard)
         if bad is None or bad.trying:
             return False
