@@ -1,4 +1,4 @@
-"""`sivae-dist train`, except that rank DIES kills itself with SIGKILL while it writes its part of checkpoint number 2."""
+"""`sivae-dist train`, but rank DIES kills itself with SIGKILL while it writes its part of the second checkpoint."""
 
 import os
 import signal

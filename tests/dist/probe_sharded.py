@@ -41,7 +41,9 @@ def step(strategy: Replicated, number: int) -> None:
     for player in strategy.players:
         for name, parameter in strategy.parameters(player).items():
             key = counters.key(number, player, name)
-            whole: Tensor = counters.normal(key, torch.zeros(1, dtype=torch.int64), tuple(parameter.shape), torch.float32)
+            whole: Tensor = counters.normal(
+                key, torch.zeros(1, dtype=torch.int64), tuple(parameter.shape), torch.float32
+            )
             parameter.grad = put(torch.empty_like(parameter, requires_grad=False), whole[0])
         strategy.step(player)
 

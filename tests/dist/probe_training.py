@@ -110,7 +110,8 @@ if __name__ == "__main__":
         if "/after/" in name:
             for other in started.group.gather(torch.from_numpy(value).reshape(1, -1)):
                 assert np.array_equal(other.numpy().ravel(), value.ravel()), f"{name} differs between ranks"
-    from probe_strategies import CORNER, collect as collect_cells  # which imports this module
+    from probe_strategies import CORNER  # which imports this module
+    from probe_strategies import collect as collect_cells
 
     numbers |= collect_cells(CORNER, started.group)
     if started.group.is_main:

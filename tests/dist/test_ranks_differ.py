@@ -145,7 +145,9 @@ TENSORS = {
 def test_a_digest_tells_bits_places_and_names() -> None:
     first = digest(TENSORS)
     assert first == digest(dict(reversed(TENSORS.items())))  # the order does not matter
-    assert first.norm == pytest.approx(math.sqrt(sum(float((t.double() ** 2).sum()) for n, t in TENSORS.items() if n in "abde")))
+    assert first.norm == pytest.approx(
+        math.sqrt(sum(float((t.double() ** 2).sum()) for n, t in TENSORS.items() if n in "abde"))
+    )
     seen = {first.hash}
     for name, tensor in TENSORS.items():
         if not tensor.numel():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import fnmatch
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -35,3 +37,11 @@ def test_no_folder_of_tests_is_passed_over(pytestconfig: pytest.Config) -> None:
     folders = {part for path in TESTS.rglob("test_*.py") for part in path.relative_to(TESTS).parts[:-1]}
     assert "dist" in folders
     assert not [name for name in folders for pattern in patterns if fnmatch.fnmatch(name, pattern)]
+
+
+def test_no_folder_of_tests_is_passed_over_by_ruff() -> None:
+    """Its own list of what to leave out has `dist`, too."""
+    pytest.importorskip("ruff")
+    command = [sys.executable, "-m", "ruff", "check", "--show-files", str(TESTS)]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True, cwd=TESTS.parent).stdout
+    assert set(map(str, TESTS.rglob("*.py"))) <= set(shown.splitlines())
