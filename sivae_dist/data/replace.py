@@ -52,13 +52,10 @@ class Replacing:
 
     def read(self, position: int, shard: int, number: int, report: Report) -> int:
         """The sample, or the one that takes its place. Raises DataError where that is not wanted or not possible."""
-        try:
-            return self._read(shard, number)
-        except DataError as error:
-            if self.tolerance.on_error == "raise":
-                raise
-            report.faults.append(self._fault(position, shard, number, error))
-            first = error
+        label = self.read_or_leave_out(position, shard, number, report)
+        if label is not None:
+            return label
+        first = report.faults[-1]
         for attempt in range(ATTEMPTS):
             place = self.tolerance.candidate(position, attempt, int(self._ends[-1]))
             shard = int(np.searchsorted(self._ends, place, side="right"))
