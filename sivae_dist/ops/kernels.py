@@ -45,8 +45,8 @@ class KernelConfig:
     the fused kernels of that device, or an error. The environment variable SIVAE_KERNELS wins."""
     dense: Dense = "torch"
     """How perceptrons multiply float32 matrices on a CPU. torch: as torch chooses. onednn: by oneDNN, which is twice as
-    fast on some processors; another device or format, or a torch without it, does as torch chooses. `sivae-dist bench
-    toy` compares them."""
+    fast on some processors; another device or format, a torch without it, and mode reference do as torch chooses.
+    `sivae-dist bench toy` compares them."""
 
 
 class _Choice:
@@ -57,8 +57,10 @@ class _Choice:
 
 
 def dense() -> Dense:
-    """How perceptrons multiply on a CPU, as `configure` was told; torch where oneDNN is not there."""
-    return _Choice.dense if torch.backends.mkldnn.is_available() else "torch"  # type: ignore[no-untyped-call]
+    """How perceptrons multiply on a CPU: as `configure` was told; torch where oneDNN is not there, or in reference mode."""
+    if mode() == "reference" or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return "torch"
+    return _Choice.dense
 
 
 def mode() -> Mode:

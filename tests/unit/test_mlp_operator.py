@@ -109,7 +109,11 @@ def test_torch_serves_what_onednn_does_not(monkeypatch: pytest.MonkeyPatch) -> N
     assert mlp(torch.randn(3, 2).double(), *chain([2, 32, 2], torch.float64)).dtype == torch.float64
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert mlp(torch.randn(3, 2), weights, biases).dtype == torch.bfloat16
-    kernels.configure(KernelConfig(), CPU)
+    for plain in (KernelConfig(), KernelConfig(mode="reference", dense="onednn")):
+        kernels.configure(plain, CPU)
+        assert mlp(torch.randn(3, 2), weights, biases).shape == (3, 2)
+    kernels.configure(KernelConfig(dense="onednn"), CPU)
+    monkeypatch.setenv("SIVAE_KERNELS", "reference")
     assert mlp(torch.randn(3, 2), weights, biases).shape == (3, 2)
 
 
