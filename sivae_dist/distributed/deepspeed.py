@@ -97,18 +97,19 @@ class Zero(Strategy):
             reduction.__enter__()
 
     def backward(self, loss: Tensor, *, last: bool = True) -> None:
-        """Accumulates gradients of a scalar, times the number of ranks: DeepSpeed then takes their mean."""
-        (loss * self.group.ranks).backward()  # type: ignore[no-untyped-call]
+        """Accumulates gradients of a scalar."""
+        loss.backward()  # type: ignore[no-untyped-call]
 
     def reduce(self, name: str, *, scale: float = 1.0) -> Gradient:
         """See Strategy. Norms are added up over shards in float64."""
         own = [p.grad for p in self.players[name].parameters() if p.grad is not None]
-        local = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(own))) / self.group.ranks
+        local = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(own)))
         self.traffic.add(sum(gradient.nbytes for gradient in own), -(-sum(g.numel() for g in own) // _BUCKET))
         self._reductions.pop(name).__exit__(None, None, None)
         gradients = self._shards(name)
-        if scale != 1.0:
-            torch._foreach_mul_(gradients, 1.0 / scale)
+        # DeepSpeed has taken their mean over ranks. (A loss times the number of ranks would give the sum, too, but three
+        # times a number rounds in bfloat16, in every layer that the gradient passes.)
+        torch._foreach_mul_(gradients, self.group.ranks / scale)
         squares = torch.stack(torch._foreach_norm(gradients)).double().square().sum()
         norm = self.group.sum_(squares.to(local.device)).sqrt().to(local.dtype)
         self._clip(gradients, norm.to(gradients[0].device))

@@ -17,7 +17,7 @@ from strategy_cells import check_cells
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "deepspeed"])
 def test_every_cell(strategy: str, ranks: int, tmp_path: Path) -> None:
     """One launch for all cells of a strategy, with what it is compared with on as many ranks."""
-    names = [name for name in CELLS if name.startswith((strategy, "ddp/bf16")) and name not in FOUR_RANKS]
+    names = [name for name in CELLS if name.startswith((strategy, "ddp/bf16", "ddp/fp16")) and name not in FOUR_RANKS]
     launch_and_check(names, ranks, tmp_path)
 
 
