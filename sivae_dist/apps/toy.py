@@ -12,7 +12,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Literal, get_args
@@ -28,6 +28,9 @@ DensityName = Literal["8gaussians", "2spirals", "checkerboard", "rings"]
 ObjectiveName = Literal["vae", "introvae", "soft_introvae"]
 DENSITIES: tuple[DensityName, ...] = get_args(DensityName)
 OBJECTIVES: tuple[ObjectiveName, ...] = get_args(ObjectiveName)
+
+# Weights of objectives that are not the recipe's.
+Settings = Mapping[tuple[DensityName, ObjectiveName], Mapping[str, float]]
 
 _POLL_S = 1.0
 _TAIL = 4096  # bytes of metrics.jsonl or of a log that are looked at
@@ -81,23 +84,36 @@ def plan(
     *,
     seeds: Sequence[int],
     iterations: int | None = None,
+    tuned: Settings | None = None,
+    suffix: str = "",
 ) -> list[Job]:
-    """Jobs in folders out/DENSITY-OBJECTIVE-seedN, seed by seed, so that a part of the work is a whole comparison.
+    """Jobs in folders out/DENSITY-OBJECTIVE-seedN{suffix}, seed by seed: a part of the work is a whole comparison.
 
     iterations: instead of the recipes' 30,000; warm-up, milestones, reports and checkpoints shrink in proportion.
+    tuned:      weights of the objectives instead of the recipes'.
     Raises UserError where a folder holds a run with other settings.
     """
     jobs = []
     for seed in seeds:
         for density in densities:
             for objective in objectives:
-                path = configs_dir() / "toy" / f"{density}_{objective}.yaml"
-                config = _of_length(from_dict(read_yaml(path), str(path)), iterations)
+                config = recipe(density, objective)
+                weights = (tuned or {}).get((density, objective), {})
+                config = dataclasses.replace(config, objective=dataclasses.replace(config.objective, **weights))  # type: ignore[arg-type]
+                config = _of_length(config, iterations)
                 config = dataclasses.replace(config, train=dataclasses.replace(config.train, seed=seed))
-                job = Job(density, objective, seed, config, RunFolder(out / f"{density}-{objective}-seed{seed}"))
+                job = Job(
+                    density, objective, seed, config, RunFolder(out / f"{density}-{objective}-seed{seed}{suffix}")
+                )
                 _check_same(job)
                 jobs.append(job)
     return jobs
+
+
+def recipe(density: DensityName, objective: ObjectiveName) -> RunConfig:
+    """The published length and settings, from configs/toy."""
+    path = configs_dir() / "toy" / f"{density}_{objective}.yaml"
+    return from_dict(read_yaml(path), str(path))
 
 
 def _of_length(config: RunConfig, iterations: int | None) -> RunConfig:
@@ -130,7 +146,7 @@ def _check_same(job: Job) -> None:
         return
     if from_dict(read_yaml(job.run.config), str(job.run.config)) != job.config:
         raise UserError(
-            f"{job.run.root} holds a run with other settings (another --iterations, or another version)",
+            f"{job.run.root} holds a run with other settings (another --iterations or --tune, or another version)",
             "give another --out, or remove that folder",
         )
 

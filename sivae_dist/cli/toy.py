@@ -18,6 +18,9 @@ def toy(
     seeds: int = 5,
     first_seed: int = 0,
     iterations: int | None = None,
+    tune: int | None = None,
+    tune_iterations: int = 3000,
+    tuned: Path | None = None,
     jobs: int = 1,
     also: tuple[Path, ...] = (),
     out: Path = Path("runs/toy"),
@@ -31,6 +34,10 @@ def toy(
         seeds: Models of each, with seeds first_seed, first_seed + 1, ...
         first_seed: The first seed.
         iterations: Iterations of 512 points, instead of the published 30000; schedules shrink in proportion.
+        tune: First try this many settings of every objective on every density (the recipe, and others drawn at random
+            around it) in shortened runs; then train with the best ones. All are told in tune.json.
+        tune_iterations: Iterations of each of these trials.
+        tuned: Train with the settings of this tune.json instead of the recipes'.
         jobs: Models trained at once, one thread each.
         also: Other toy.json files, of models trained elsewhere with the same settings, whose rows enter the table.
         out: Folder for the runs, the table (toy.md, toy.json) and the figures (samples.png, density.png).
@@ -39,16 +46,29 @@ def toy(
         raise UserError("nothing is chosen", "sivae-dist toy --all, or --density rings --objective vae soft_introvae")
     if seeds < 1:
         raise UserError(f"--seeds is {seeds}, expected 1 or more", "five are usual")
+    if tune is not None and tuned is not None:
+        raise UserError(
+            "--tune and --tuned are given", "--tune searches for settings, --tuned takes those found before"
+        )
     from sivae_dist.apps import toy as app  # noqa: PLC0415 (keeps --help quick)
     from sivae_dist.apps import toy_report as report  # noqa: PLC0415
+    from sivae_dist.apps import toy_tune as tuning  # noqa: PLC0415
 
     interrupts_raise()  # the runs save and end
+    densities, objectives = density or app.DENSITIES, objective or app.OBJECTIVES
+    settings = tuning.read(tuned, densities, objectives) if tuned is not None else None
+    if tune is not None:
+        trials = tuning.plan(out / "tune", densities, objectives, trials=tune, iterations=tune_iterations)
+        app.train([trial.job for trial in trials], out / "tune", at_once=jobs)
+        settings = tuning.write(trials, out / "tune.json")
+        print(tuning.table(trials), end="\n\n")
     chosen = app.plan(
         out,
-        density or app.DENSITIES,
-        objective or app.OBJECTIVES,
+        densities,
+        objectives,
         seeds=range(first_seed, first_seed + seeds),
         iterations=iterations,
+        tuned=settings,
     )
     app.train(chosen, out, at_once=jobs)
     print(report.write(chosen, out, also))

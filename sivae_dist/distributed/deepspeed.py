@@ -107,8 +107,8 @@ class Zero(Strategy):
         self.traffic.add(sum(gradient.nbytes for gradient in own), -(-sum(g.numel() for g in own) // _BUCKET))
         self._reductions.pop(name).__exit__(None, None, None)
         gradients = self._shards(name)
-        # DeepSpeed has taken their mean over ranks. (A loss times the number of ranks would give the sum, too, but three
-        # times a number rounds in bfloat16, in every layer that the gradient passes.)
+        # DeepSpeed has taken their mean over ranks. (A loss times the number of ranks would give the sum, too, but
+        # three times a number rounds in bfloat16, in every layer that the gradient passes.)
         torch._foreach_mul_(gradients, self.group.ranks / scale)
         squares = torch.stack(torch._foreach_norm(gradients)).double().square().sum()
         norm = self.group.sum_(squares.to(local.device)).sqrt().to(local.dtype)

@@ -57,7 +57,7 @@ class _Choice:
 
 
 def dense() -> Dense:
-    """How perceptrons multiply on a CPU: as `configure` was told; torch where oneDNN is not there, or in reference mode."""
+    """How perceptrons multiply on a CPU: as `configure` was told; torch without oneDNN, or in reference mode."""
     if mode() == "reference" or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return "torch"
     return _Choice.dense

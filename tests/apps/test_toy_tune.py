@@ -1,0 +1,141 @@
+"""The search for settings of the 2-D experiments: equal for all objectives, repeatable, judged on other points."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sivae_dist.apps import toy, toy_report, toy_tune
+from sivae_dist.apps.toy_tune import KNOBS, Trial
+from sivae_dist.cli import main
+from sivae_dist.data.toy2d import Toy2dStream
+from sivae_dist.errors import UserError
+
+
+def trials(out: Path, count: int = 3) -> list[Trial]:
+    return toy_tune.plan(out, ("rings",), ("vae", "introvae"), trials=count, iterations=300)
+
+
+def test_every_objective_gets_as_many_trials(tmp_path: Path) -> None:
+    found = toy_tune.plan(tmp_path, toy.DENSITIES, toy.OBJECTIVES, trials=3, iterations=300)
+    assert len(found) == 3 * 4 * 3 == len({trial.job.run.root for trial in found})
+    assert [trial.number for trial in found] == [0] * 12 + [1] * 12 + [2] * 12
+    for trial in found:
+        recipe = toy.recipe(trial.job.density, trial.job.objective).objective
+        own = {knob: getattr(recipe, knob) for knob in KNOBS[trial.job.objective]}
+        assert (trial.settings == own) == (trial.number == 0)
+        assert all(1 / 4.01 <= trial.settings[knob] / own[knob] <= 4.01 for knob in own)
+        config = trial.job.config
+        assert {knob: getattr(config.objective, knob) for knob in own} == trial.settings
+        assert (config.train.total_nimg, config.train.seed) == (300 * 512, toy_tune.SEED)
+    assert [t.settings for t in found] == [
+        t.settings for t in toy_tune.plan(tmp_path, toy.DENSITIES, toy.OBJECTIVES, trials=3, iterations=300)
+    ]
+    ratios = [t.settings["beta_kl"] / found[t.number].settings["beta_kl"] for t in found if t.number == 1]
+    assert len(set(ratios)) > 6  # not one draw for all
+
+
+def judge(monkeypatch: pytest.MonkeyPatch, values: dict[tuple[str, int], float]) -> None:
+    monkeypatch.setattr(toy_tune, "judged", lambda trial: values[trial.job.objective, trial.number])
+
+
+def test_the_best_is_chosen_written_and_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = {("vae", 0): 0.5, ("vae", 1): 0.2, ("vae", 2): 0.2}
+    values |= {("introvae", 0): math.inf, ("introvae", 1): math.inf, ("introvae", 2): 0.6}
+    judge(monkeypatch, values)
+    found = trials(tmp_path)
+    chosen = toy_tune.write(found, tmp_path / "tune.json")
+    expected = {("rings", "vae"): found[2].settings, ("rings", "introvae"): found[5].settings}
+    assert chosen == expected == toy_tune.read(tmp_path / "tune.json", ("rings",), ("vae", "introvae"))
+    rows = json.loads((tmp_path / "tune.json").read_text())["trials"]
+    assert [row["hist_jsd"] for row in rows] == [0.5, None, 0.2, None, 0.2, 0.6]
+    assert "| rings | introvae | inf | 0.6000 |" in toy_tune.table(found)
+    (job,) = toy.plan(tmp_path / "main", ("rings",), ("introvae",), seeds=[0], tuned=chosen)
+    recipe = toy.recipe("rings", "introvae").objective
+    assert job.config.objective.margin == found[5].settings["margin"] != recipe.margin  # type: ignore[attr-defined]
+    assert job.config.objective.vae_warmup_kimg == recipe.vae_warmup_kimg  # type: ignore[attr-defined]
+    assert job.config.train.total_nimg == 30_000 * 512
+
+
+GOOD = {"beta_rec": 1.0, "beta_kl": 0.5}
+
+
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        None,
+        [],
+        {},
+        {"rings-vae": 3},
+        {"rings-vae": {"beta_rec": 1.0}},
+        {"rings-vae": {**GOOD, "seed": 3}},
+        {"rings-vae": {**GOOD, "beta_kl": "0.5"}},
+        {"rings-vae": {**GOOD, "beta_kl": -1.0}},
+        {"rings-vae": {**GOOD, "beta_kl": True}},
+        {"rings-vae": {**GOOD, "beta_kl": math.nan}},
+    ],
+)
+def test_other_files_are_refused(tmp_path: Path, chosen: Any) -> None:
+    path = tmp_path / "tune.json"
+    path.write_text(json.dumps({"chosen": {"rings-vae": GOOD}}))
+    assert toy_tune.read(path, ("rings",), ("vae",)) == {("rings", "vae"): GOOD}
+    path.write_text(json.dumps({"chosen": chosen}))
+    with pytest.raises(UserError, match=r"no settings|expected positive beta_rec, beta_kl"):
+        toy_tune.read(path, ("rings",), ("vae",))
+    with pytest.raises(UserError, match="no settings"):
+        toy_tune.read(tmp_path / "none.json", ("rings",), ("vae",))
+
+
+def test_wrong_options_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for options, told in (
+        (["--tune", "1"], "--tune is 1"),
+        (["--tune", "2", "--tuned", "x.json"], "--tune and --tuned"),
+        (["--tuned", str(tmp_path / "x.json")], "x.json holds no settings"),
+    ):
+        with pytest.raises(SystemExit):
+            main(["toy", "--all", "--out", str(tmp_path), *options])
+        assert told in capsys.readouterr().err
+
+
+class _Copies:
+    """A model whose samples are the points that `judged` should and should not compare with."""
+
+    def __init__(self, points: torch.Tensor) -> None:
+        self.points = points
+
+    def sample(self, count: int, seed: int) -> torch.Tensor:
+        assert len(self.points) == count
+        return self.points
+
+
+def test_trials_are_judged_by_points_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(toy_report, "SAMPLES", 500)
+    points = Toy2dStream("rings").held_out(1500, batch=1500)[0].data.split(500)
+    values = []
+    for trial, copied in zip(trials(tmp_path), [*points, points[0] * math.nan], strict=False):
+        trial.job.run.root.mkdir(parents=True)
+        monkeypatch.setattr(toy_tune, "load", lambda *_, x=copied, **__: _Copies(x))
+        values.append(toy_tune.judged(trial))
+        monkeypatch.setattr(toy_tune, "load", None)
+        assert toy_tune.judged(trial) == values[-1]  # kept
+    assert values[2] == 0.0 < min(values[0], values[1])
+    assert values[3] == math.inf
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+def test_the_command_tunes_and_then_trains(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--density", "rings", "--objective", "vae", "--seeds", "1", "--iterations", "20", "--jobs", "2"]
+    main(["toy", *options, "--tune", "2", "--tune-iterations", "20", "--out", str(tmp_path)])
+    said = capsys.readouterr().out
+    assert "best of 2 settings each" in said and "grid NLL" in said
+    assert len(json.loads((tmp_path / "tune.json").read_text())["trials"]) == 2
+    found = toy_tune.read(tmp_path / "tune.json", ("rings",), ("vae",))["rings", "vae"]
+    stored = json.loads((tmp_path / "toy.json").read_text())["settings"]["rings-vae"]["objective"]
+    assert {knob: stored[knob] for knob in found} == found
+    main(["toy", *options, "--tuned", str(tmp_path / "tune.json"), "--out", str(tmp_path)])  # nothing is left to do
