@@ -33,6 +33,19 @@ _SHARD_NAME = re.compile(r"[A-Za-z0-9_-]{1,100}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
+def checksum(raw: dict[str, Any]) -> str:
+    """sha256 (hex) of all fields of a manifest but the checksum itself; line ends and spacing do not count."""
+    content = {name: value for name, value in raw.items() if name != "checksum"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def _checksum_or_none(raw: dict[str, Any]) -> str | None:
+    try:
+        return checksum(raw)
+    except (ValueError, RecursionError):  # nested too deeply to be written
+        return None
+
+
 def is_key(key: object) -> bool:
     """Whether a sample key is safe as a path and as a WebDataset key: relative, no dots, plain characters."""
     return isinstance(key, str) and len(key) <= MAX_KEY and _KEY.fullmatch(key) is not None
@@ -52,7 +65,10 @@ class ShardInfo:
 
 @dataclass(frozen=True)
 class Manifest:
-    """A shard folder. classes is 0 without labels; packing: the options it was packed with, for the record."""
+    """A shard folder. classes is 0 without labels; packing: the options it was packed with, for the record.
+
+    recorded_fingerprint: what the file says, "" when it was not read from one; `fingerprint` is computed.
+    """
 
     name: str
     license: str
@@ -63,6 +79,7 @@ class Manifest:
     class_names: tuple[str, ...]
     shards: tuple[ShardInfo, ...]
     packing: dict[str, Any] = field(default_factory=dict, compare=False)
+    recorded_fingerprint: str = field(default="", compare=False, repr=False)
 
     def of(self, split: str) -> tuple[ShardInfo, ...]:
         """The shards of a split, in order; empty when there is no such split."""
@@ -88,13 +105,15 @@ class Manifest:
         }
 
     def to_bytes(self) -> bytes:
-        """The file: JSON with one shard a line, the same bytes for the same manifest."""
+        """The file: JSON with one shard a line, the same bytes for the same manifest, its checksum among them."""
         head = {"format": FORMAT, "version": VERSION} | {
             name: getattr(self, name)
             for name in ("name", "license", "resolution", "channels", "image_format", "classes", "class_names")
         }
         head |= {"splits": self.splits(), "fingerprint": self.fingerprint, "packing": self.packing}
-        lines = ",\n  ".join(json.dumps(asdict(shard)) for shard in self.shards)
+        shards = [asdict(shard) for shard in self.shards]
+        head["checksum"] = checksum(head | {"shards": shards})
+        lines = ",\n  ".join(json.dumps(shard) for shard in shards)
         body = json.dumps(head, indent=1)[:-2]  # without the closing brace, to lay the shards out one a line
         return f'{body},\n "shards": [\n  {lines}\n ]\n}}\n'.encode()
 
@@ -112,6 +131,10 @@ class Manifest:
                 f"{where} has format version {raw.get('version')!r:.80}, this program reads version {VERSION}",
                 "update sivae-dist, or pack the data set again with this version",
             )
+        if "checksum" in raw and raw["checksum"] != _checksum_or_none(raw):
+            what = f"{where} is damaged: its checksum differs"
+            fix = 'copy it again or pack the data set again; where it was edited on purpose, remove "checksum" from it'
+            raise UserError(what, fix)
         check = _Checker(where)
         shards = tuple(_shard(entry, check) for entry in check.field(raw, "shards", list))
         if len({s.name for s in shards}) != len(shards):
@@ -136,6 +159,7 @@ class Manifest:
             class_names=tuple(names),
             shards=shards,
             packing=check.field(raw, "packing", dict),
+            recorded_fingerprint=str(raw.get("fingerprint", "")),
         )
 
 

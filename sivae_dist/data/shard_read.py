@@ -20,7 +20,6 @@ from sivae_dist.data.decode import decode_into
 from sivae_dist.data.faults import DataError
 from sivae_dist.data.manifest import (
     MAX_INDEX_BYTES,
-    MAX_MANIFEST_BYTES,
     MAX_MEMBER_BYTES,
     Manifest,
     ShardInfo,
@@ -28,7 +27,7 @@ from sivae_dist.data.manifest import (
 )
 from sivae_dist.data.shard_write import BLOCK, INDEX_FORMAT, INDEX_VERSION
 from sivae_dist.data.store import Store
-from sivae_dist.data.stores.base import NoMemory, expected_files
+from sivae_dist.data.stores.base import REREADS, NoMemory, expected_files, read_manifest
 from sivae_dist.data.watch import INDEX
 from sivae_dist.errors import UserError
 
@@ -58,8 +57,7 @@ class Index:
 
 def load_manifest(store: Store) -> Manifest:
     """The checked manifest of a shard folder. Raises UserError."""
-    name = store.manifest_name
-    return Manifest.from_bytes(store.whole(name, MAX_MANIFEST_BYTES), f"{store.url}/{name}")
+    return read_manifest(store)
 
 
 def load_index(store: Store, shard: ShardInfo, classes: int) -> Index:
@@ -67,8 +65,12 @@ def load_index(store: Store, shard: ShardInfo, classes: int) -> Index:
     name = f"{shard.name}.index"
     where = f"{store.url}/{name}"
     data = store.whole(name, MAX_INDEX_BYTES)
-    if hashlib.sha256(data).hexdigest() != shard.index_sha256 and store.forget(name, 0, 0):
-        data = store.whole(name, MAX_INDEX_BYTES)
+    for _ in range(REREADS):
+        if hashlib.sha256(data).hexdigest() == shard.index_sha256 or not store.forget(name, 0, 0):
+            break
+        before, data = data, store.whole(name, MAX_INDEX_BYTES)
+        if data == before:  # so that is what lies there
+            break
     if hashlib.sha256(data).hexdigest() != shard.index_sha256:
         raise DataError("index", f"{where} does not match the manifest: its sha256 differs", _REMEDY)
     lines = data.splitlines()

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from sivae_dist.data.manifest import FILE_NAME, Manifest
+from sivae_dist.data.manifest import FILE_NAME, Manifest, checksum
 from sivae_dist.data.shard_write import ShardWriter
 
 
@@ -48,9 +48,11 @@ def craft(folder: Path, samples, *, resolution=8, classes=0, image_format="png",
 
 
 def edit_manifest(folder: Path, change) -> None:
-    """Applies change(dict) to the manifest's JSON."""
+    """Applies change(dict) to the manifest's JSON; its checksum is made to fit, as a hostile author would."""
     raw = json.loads((folder / FILE_NAME).read_text())
     change(raw)
+    if isinstance(raw, dict) and "checksum" in raw:
+        raw["checksum"] = checksum(raw)
     (folder / FILE_NAME).write_text(json.dumps(raw))
 
 

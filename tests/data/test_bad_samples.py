@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from drawn import edit_manifest
 from web import How, serving
 
 from sivae_dist.data.again import BadShards
@@ -74,10 +75,12 @@ def spoil(folder, shard, number, data=None):
     row[3] = zlib.crc32(data)
     lines[number + 1] = json.dumps(row)
     (folder / f"{shard}.index").write_text("".join(f"{line}\n" for line in lines))
-    manifest = json.loads((folder / "manifest.json").read_text())
-    entry = next(s for s in manifest["shards"] if s["name"] == shard)
-    entry["index_sha256"] = hashlib.sha256((folder / f"{shard}.index").read_bytes()).hexdigest()
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    digest = hashlib.sha256((folder / f"{shard}.index").read_bytes()).hexdigest()
+
+    def fit(manifest):
+        next(s for s in manifest["shards"] if s["name"] == shard)["index_sha256"] = digest
+
+    edit_manifest(folder, fit)
 
 
 DAMAGE = {

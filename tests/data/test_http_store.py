@@ -94,7 +94,7 @@ FAULTS = {
     "cut": lambda a: How(cut_after=100) if a.nth % 2 == 0 else How(),
     "cut at once": lambda a: How(cut_after=0) if a.nth == 0 else How(),
     "slow": lambda a: How(delay_s=0.5) if a.nth == 0 and a.name == "shard-000001.tar" else How(),
-    "damaged on the way": lambda a: How(flip=True) if a.nth == 0 and a.name != "manifest.json" else How(),
+    "damaged on the way": lambda a: How(flip=True) if a.nth == 0 else How(),
     "moved": lambda a: How(302, {"Location": f"/{a.name}?again"}) if "again" not in a.target else How(),
 }
 
@@ -220,7 +220,7 @@ def test_answers_without_a_length(web, packed, access):
 
 
 def test_more_than_was_announced_does_not_fill_the_memory(web, packed, tmp_path, monkeypatch):
-    monkeypatch.setattr("sivae_dist.data.shard_read.MAX_MANIFEST_BYTES", 100)
+    monkeypatch.setattr("sivae_dist.data.stores.base.MAX_MANIFEST_BYTES", 100)
     with pytest.raises(DataError, match="has more than 100 bytes"):
         load_manifest(open_store(web.url, without_cache()))
 

@@ -373,6 +373,7 @@ def test_the_fingerprint_follows_the_content(packed):
     manifest = load_manifest(FolderStore(packed))
     assert Manifest.from_bytes(manifest.to_bytes(), "x") == manifest
     raw = json.loads(manifest.to_bytes())
+    del raw["checksum"]
     renamed = Manifest.from_bytes(json.dumps(raw | {"name": "other"}).encode(), "x")
     assert renamed.fingerprint == manifest.fingerprint == raw["fingerprint"]
     raw["shards"][0]["sha256"] = "0" * 64

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 from collections import Counter
@@ -10,7 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from sivae_dist.data.manifest import FILE_NAME, Manifest
+from sivae_dist.data.manifest import FILE_NAME, MAX_MANIFEST_BYTES, Manifest
+from sivae_dist.errors import UserError
+
+REREADS = 3  # of a small file that seems to have been damaged on its way
 
 
 @dataclass(frozen=True)
@@ -141,3 +145,24 @@ class NoMemory:
 
     def renew(self, name: str) -> None:
         """Nothing is kept open."""
+
+
+def read_manifest(store: Store) -> Manifest:
+    """The checked manifest of a store. Raises UserError.
+
+    What may have been damaged on the way is read again, as long as other bytes come: what is no manifest, what does not
+    fit its checksum, or, of data packed before there was one, its fingerprint. The same bytes twice are what lies
+    there.
+    """
+    name, before = store.manifest_name, b""
+    where = f"{store.url}/{name}"
+    for _ in range(REREADS):
+        data = store.whole(name, MAX_MANIFEST_BYTES)
+        with contextlib.suppress(UserError):
+            manifest = Manifest.from_bytes(data, where)
+            if manifest.recorded_fingerprint == manifest.fingerprint:
+                return manifest
+        if data == before or not store.forget(name, 0, 0):
+            return Manifest.from_bytes(data, where)
+        before = data
+    return Manifest.from_bytes(store.whole(name, MAX_MANIFEST_BYTES), where)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 
-from sivae_dist.data.manifest import MAX_MANIFEST_BYTES, Manifest, ShardInfo
-from sivae_dist.data.stores.base import Events, Expected, Store
+from sivae_dist.data.manifest import ShardInfo
+from sivae_dist.data.stores.base import Events, Expected, Store, read_manifest
 from sivae_dist.errors import UserError
 
 _SAME = ("resolution", "channels", "classes", "class_names", "image_format")
@@ -21,7 +21,7 @@ class JoinedStore:
         self._events = Events()
         self._places: dict[str, tuple[Store, str]] = {}
         self._stores = [opener(folder) for folder in parts]
-        manifests = [_manifest(store) for store in self._stores]
+        manifests = [read_manifest(store) for store in self._stores]
         first = manifests[0]
         shards: list[ShardInfo] = []
         for number, (store, manifest, wanted) in enumerate(zip(self._stores, manifests, parts.values(), strict=True)):
@@ -98,11 +98,6 @@ class JoinedStore:
         """Closes all parts."""
         for store in self._stores:
             store.close()
-
-
-def _manifest(store: Store) -> Manifest:
-    name = store.manifest_name
-    return Manifest.from_bytes(store.whole(name, MAX_MANIFEST_BYTES), f"{store.url}/{name}")
 
 
 def parts_of(places: list[str]) -> dict[str, list[str] | None]:
