@@ -47,6 +47,10 @@ class StorageError(UserError):
     """Data that may be whole cannot be had now: refused, unreachable, too slow."""
 
 
+class RefusedError(StorageError):
+    """The server does not let this process read a file; some say so of files that are not there."""
+
+
 @dataclass(frozen=True)
 class Fault:
     """A slot whose sample could not be used. keep: whether it is to be put aside, with data, its bytes, if there."""

@@ -22,7 +22,7 @@ from sivae_dist.data.jpeg import DecoderName
 from sivae_dist.data.pictures import Failure, Pictures, Settings, SharedBatch
 from sivae_dist.data.plan import Plan
 from sivae_dist.data.procs import die_with_parent
-from sivae_dist.data.pyramid import levels_of
+from sivae_dist.data.pyramid import levels_of, no_such_level, remote_level
 from sivae_dist.data.replace import OnError, Tolerance
 from sivae_dist.data.shard_read import load_manifest
 from sivae_dist.data.slots import Slots
@@ -42,7 +42,7 @@ class ShardsConfig(DataConfig):
     name: str = "shards"
     url: str = ""
     """The folder that `sivae-dist data pack` made, a path or an address (http, https, s3, gs); its manifest; or a brace
-    pattern of folders or shards. Of a local folder with several resolutions the model's is taken. Secrets stand in it
+    pattern of folders or shards. Of a folder with several resolutions the model's is taken. Secrets stand in it
     as ${NAME}, the name of an environment variable."""
     split: str = "train"
     """What is trained on."""
@@ -107,18 +107,18 @@ class ShardsConfig(DataConfig):
         )
 
     def at(self, sample_shape: tuple[int, ...]) -> ShardsConfig:
-        """Of a local folder with several resolutions that of the model. Raises UserError when it is not among them."""
-        levels = levels_of(fill(self.url)[0]) if scheme_of(self.url) in ("", "file") else ()
+        """Of a folder with several resolutions that of the model. Raises UserError when it is not among them."""
+        side = sample_shape[-1] * self.reduce
+        wants = "the model takes" if self.reduce == 1 else f"with data.reduce {self.reduce} the model takes"
+        if scheme_of(self.url) not in ("", "file"):
+            return replace(self, url=remote_level(self.url, side, self.access(), wants))
+        levels = levels_of(fill(self.url)[0])
         if not levels:
             return self
-        side, there = str(sample_shape[-1] * self.reduce), [level.name for level in levels]
-        if side not in there:
-            what = f"{self.url} holds pictures of {', '.join(there)} pixels, {self._wants()} {side}"
-            raise UserError(what, "pack the data at that resolution too, or set model.image_size to one of these")
+        there = [level.name for level in levels]
+        if str(side) not in there:
+            raise no_such_level(self.url, there, side, wants)
         return replace(self, url=f"{self.url.rstrip('/')}/{side}")
-
-    def _wants(self) -> str:
-        return "the model takes" if self.reduce == 1 else f"with data.reduce {self.reduce} the model takes"
 
     def build(self, *, seed: int, salt: int, rank: int, ranks: int) -> ShardStream:
         """Reads the manifest only. Raises UserError for a folder or settings that cannot be used."""

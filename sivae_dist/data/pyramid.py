@@ -9,9 +9,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from sivae_dist.data.faults import DataError, RefusedError
 from sivae_dist.data.manifest import FILE_NAME
 from sivae_dist.data.shard_read import load_index, load_manifest
-from sivae_dist.data.store import open_store
+from sivae_dist.data.store import Access, open_store
+from sivae_dist.data.stores.address import expand, scheme_of
+from sivae_dist.errors import UserError
+
+_USUAL_SIDES = tuple(2**n for n in range(3, 14))
 
 
 def levels_of(folder: str | Path) -> tuple[Path, ...]:
@@ -21,6 +26,50 @@ def levels_of(folder: str | Path) -> tuple[Path, ...]:
         return ()
     numbered = [p for p in path.iterdir() if p.name.isascii() and p.name.isdecimal() and len(p.name) < 9]
     return tuple(sorted((p for p in numbered if (p / FILE_NAME).is_file()), key=lambda p: int(p.name)))
+
+
+def remote_level(url: str, side: int, access: Access, wants: str = "the model takes") -> str:
+    """Where `url` is the root of a pyramid elsewhere, the address of its level of `side` pixels; else `url` as it is.
+
+    Servers do not list folders, so levels are looked for by name. Raises UserError when there are others but not this.
+    """
+    if scheme_of(url) not in ("http", "https", "s3", "gs") or url.partition("?")[0].endswith((".json", ".tar")):
+        return url
+    if expand(url) != [url]:
+        return url
+    from sivae_dist.data.stores.remote import RemoteStore  # noqa: PLC0415 (local data need none of this)
+
+    def missing(address: str) -> bool:
+        store = open_store(address, access)
+        assert isinstance(store, RemoteStore)
+        try:
+            store.look(store.manifest_name)
+        except RefusedError:
+            return True
+        except DataError as error:
+            return error.reason == "missing"
+        finally:
+            store.close()
+        return False
+
+    if not missing(url):
+        return url
+    if not missing(wanted := _level(url, side)):
+        return wanted
+    if there := [str(other) for other in _USUAL_SIDES if not missing(_level(url, other))]:
+        raise no_such_level(url, there, side, wants)
+    return url
+
+
+def _level(url: str, side: int) -> str:
+    path, mark, query = url.partition("?")
+    return f"{path.rstrip('/')}/{side}{mark}{query}"
+
+
+def no_such_level(url: str, there: Sequence[str], side: int, wants: str = "the model takes") -> UserError:
+    """The error for a pyramid without the level that is wanted."""
+    what = f"{url} holds pictures of {', '.join(there)} pixels, {wants} {side}"
+    return UserError(what, "pack the data at that resolution too, or set model.image_size to one of these")
 
 
 def disagreements(levels: Sequence[Path]) -> list[str]:

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from drawn import draw_folder, edit_manifest, files
+from web import How, serving
 
 import sivae_dist
 from sivae_dist.config import from_dict
@@ -246,8 +247,33 @@ def test_a_run_takes_its_resolution(pyramid, tmp_path, monkeypatch):
         stream.close()
         with pytest.raises(UserError, match="holds pictures of 8, 16, 32 pixels, the model takes 64"):
             ShardsConfig(url=url).at((3, 64, 64))
-    for url in (f"{pyramid}/out/16", "", "http://x/out", "pipe:cat", f"{pyramid}/out/{{16,8}}"):
+    for url in (f"{pyramid}/out/16", "", "http://x/a.json", "http://x/{a,b}", "pipe:cat", f"{pyramid}/out/{{16,8}}"):
         assert ShardsConfig(url=url).at((3, 64, 64)).url == url
+
+
+@pytest.mark.parametrize("refusal", [404, 403])
+def test_a_run_takes_its_resolution_from_a_server(pyramid, monkeypatch, refusal):
+    """Servers list nothing, and some say 403 of what is not there."""
+    monkeypatch.setenv("SIGNATURE", "sig=abc")
+    with serving(pyramid / "out") as web:
+        web.how = lambda asked: How() if (web.folder / asked.name).is_file() else How(refusal)
+        for url, expected in ((f"{web.url}/", f"{web.url}/16"), (f"{web.url}?${{SIGNATURE}}", None)):
+            data = ShardsConfig(url=url, workers=0, cache_gb=0).at((3, 16, 16))
+            assert data.url == (expected or f"{web.url}/16?${{SIGNATURE}}")
+            stream = data.build(seed=0, salt=0, rank=0, ranks=1)
+            assert stream.sample_shape == (3, 16, 16)
+            stream.close()
+        assert web.asked[-1].target == "/16/manifest.json?sig=abc"
+        with pytest.raises(UserError, match=r"of 8, 16, 32 pixels, with data\.reduce 2 the model takes 128"):
+            ShardsConfig(url=web.url, reduce=2).at((3, 64, 64))
+        web.asked.clear()
+        for url in (f"{web.url}/16", f"{web.url}/16/manifest.json"):
+            assert ShardsConfig(url=url).at((3, 64, 64)).url == url
+        assert web.names() == ["16/manifest.json"], "a shard folder is taken as it is, an address of a file unasked"
+        assert ShardsConfig(url=f"{web.url}/other").at((3, 64, 64)).url == f"{web.url}/other"
+        web.how = lambda asked: How(500)
+        with pytest.raises(UserError, match="the server answers 500"):
+            ShardsConfig(url=web.url, retries=0).at((3, 16, 16))
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from sivae_dist.data.faults import DataError, StorageError
+from sivae_dist.data.faults import DataError, RefusedError, StorageError
 from sivae_dist.data.stores.transport import Patience, TransientError
 
 _LOGIN_S = 30.0  # Google's library asks an address that only its own machines have, again and again
@@ -68,7 +68,7 @@ def meaning(error: Exception, where: str, offset: int, clean: Callable[[str], st
     code = str(getattr(error, "code", "") or "")
     text = clean(str(error))
     if code in ("401", "403") or text.startswith("Forbidden"):
-        return StorageError(f"{where} is refused: {text}", _LOGIN_FIX)
+        return RefusedError(f"{where} is refused: {text}", _LOGIN_FIX)
     if code == "416":
         return DataError("truncated", f"{where} has no byte {offset}: it is shorter than packed", "upload it again")
     if isinstance(error, ValueError) or (code.isdecimal() and int(code) not in _AGAIN):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, unquote, urlsplit
 from urllib.request import getproxies, proxy_bypass
 
-from sivae_dist.data.faults import DataError, StorageError
+from sivae_dist.data.faults import DataError, RefusedError, StorageError
 from sivae_dist.data.stores.address import Address
 from sivae_dist.data.stores.transport import Patience, TransientError
 
@@ -106,7 +106,7 @@ class HttpTransport:
             raise DataError("missing", f"{where} is missing: the server answers {status}", "upload it again")
         if status in (401, 403, 407):
             fix = "check the credentials, the proxy and what the server allows"
-            raise StorageError(f"{where} is refused: the server answers {status}", fix)
+            raise RefusedError(f"{where} is refused: the server answers {status}", fix)
         if status == 416:
             raise DataError("truncated", f"{where} has no byte {offset}: it is shorter than packed", "upload it again")
         if status not in (200, 206):

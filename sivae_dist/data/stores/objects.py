@@ -7,7 +7,7 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
-from sivae_dist.data.faults import DataError, StorageError
+from sivae_dist.data.faults import DataError, RefusedError
 from sivae_dist.data.stores import google
 from sivae_dist.data.stores.address import Address
 from sivae_dist.data.stores.transport import Patience, TransientError
@@ -88,7 +88,7 @@ class ObjectTransport:
             return google.meaning(error, where, offset, self.address.clean)
         if isinstance(error, PermissionError) or kind in ("NoCredentialsError", "PartialCredentialsError"):
             text = self.address.clean(str(error))
-            return StorageError(f"{where} is refused: {text}", "check the credentials of this process")
+            return RefusedError(f"{where} is refused: {text}", "check the credentials of this process")
         code = str(getattr(error, "response", {}).get("Error", {}).get("Code", ""))
         if not code and getattr(error, "__cause__", None) is not None:
             code = str(getattr(error.__cause__, "response", {}).get("Error", {}).get("Code", ""))

@@ -52,6 +52,14 @@ class RemoteStore:
             raise StorageError(f"{self.url}/{name}: the server does not tell its size", "use another server")
         return found
 
+    def look(self, name: str) -> None:
+        """Asks for the first byte of a file. Raises DataError (missing), RefusedError, or StorageError."""
+
+        def attempt(patience: Patience) -> None:
+            self.transport.open(name, 0, 1, patience).close()
+
+        self._attempts(name, 0, "its first byte", attempt)
+
     def read(self, name: str, offset: int, length: int) -> bytes:
         """A range of a file, shorter than `length` only at the file's end."""
         expected = self._expected.get(name)
