@@ -11,10 +11,12 @@ import time
 import pytest
 from web import serving
 
+from sivae_dist.data.loader import ShardsConfig
 from sivae_dist.data.shard_read import ShardReader, load_manifest
 from sivae_dist.data.store import Access, FolderStore, open_store
 from sivae_dist.data.stores.base import Events
 from sivae_dist.data.stores.cache import BlockCache
+from sivae_dist.errors import UserError
 
 KIB = 1 << 10
 
@@ -38,6 +40,41 @@ def test_what_is_put_is_read(tmp_path):
     cache.drop("ab-1")
     assert cache.read("ab-1") is None
     cache.close()
+
+
+@pytest.mark.parametrize("use", ["read", "put", "lock", "run"])
+@pytest.mark.parametrize("whose", ["everybody's", "everybody's, sticky", "somebody else's"])
+def test_folders_that_others_may_write_to_are_refused(packed, tmp_path, monkeypatch, use, whose):
+    folder = tmp_path / "cache"
+    folder.mkdir()
+    if whose == "somebody else's":
+        monkeypatch.setattr("os.geteuid", lambda: os.getuid() + 1)
+    else:
+        folder.chmod(0o1777 if "sticky" in whose else 0o777)
+    text = "belongs to another user" if "else" in whose else "everybody may write to the data cache"
+    with pytest.raises(UserError, match=text) as told:
+        if use == "read":
+            made(folder).read("ab-0")
+        elif use == "put":
+            made(folder).put("ab-0", b"x")
+        elif use == "lock":
+            with made(folder).lock("ab-0", 0):
+                pytest.fail("it was taken")
+        else:
+            with serving(packed) as web:
+                config = ShardsConfig(url=web.url, cache_dir=str(folder), cache_gb=0.01, workers=1)
+                next(config.build(seed=0, salt=0, rank=0, ranks=1).batches(0, 4))
+    assert "set data.cache_dir" in told.value.fix
+    assert not list(folder.iterdir())
+
+
+def test_a_new_folder_is_ones_own(tmp_path):
+    tmp_path.chmod(0o777)
+    cache = made(tmp_path / "mine")
+    assert cache.read("ab-0") is None
+    assert cache.put("ab-0", b"x")
+    assert cache.read("ab-0") == b"x"
+    assert (tmp_path / "mine").stat().st_mode & 0o777 == 0o700
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sivae_dist.data.stores.base import Events
+from sivae_dist.errors import UserError
 
 # A lane reads windows of 256 samples one after the other: some 10 to 25 MB at 256 px. Whole shards (256 MB) would mean
 # 32 GB before the first batch of 128 lanes, single samples a request for each picture.
@@ -50,8 +51,10 @@ class _Open:
 
 
 class BlockCache:
-    """A folder of blocks of at most `limit` bytes together. Never raises: a cache that fails is one that holds nothing.
+    """A folder of blocks of at most `limit` bytes together. A cache that fails is one that holds nothing.
 
+    Checksums find damage, not malice, and cleaning up deletes files: a folder of somebody else's, or one that everybody
+    may write to, is a UserError when it is first used.
     events: gets `cache_refused` (blocks that could not be kept), `cache_damaged`, `cache_evicted`, and one note.
     """
 
@@ -63,11 +66,12 @@ class BlockCache:
         self._step = max(1, limit // self.block // 16)  # blocks written by all processes between two clean-ups
         self._opened: OrderedDict[str, _Open] = OrderedDict()
         self._refused_until = 0.0
-        self._told = self._looked = False
+        self._told = self._looked = self._trusted = False
         self._lock = threading.RLock()  # of what is open: several threads may fetch
 
     def read(self, key: str, offset: int = 0, length: int | None = None) -> bytes | None:
         """Bytes of a block, None when it is not there."""
+        self._trust()
         with self._lock:
             found = self._open(key)
             if found is None:
@@ -132,8 +136,9 @@ class BlockCache:
         """Within, no other process fetches this block. After `until` (time.monotonic) it goes on without that."""
         handle = None
         try:
+            self._make_folder()
             folder = self.folder / "locks"
-            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            folder.mkdir(exist_ok=True, mode=0o700)
             handle = os.open(folder / f"{zlib.crc32(key.encode()) % _STRIPES:02x}", os.O_RDWR | os.O_CREAT, 0o600)
             _flock(handle, until)
         except OSError:  # a full or read-only disk, or one without locks: two may then fetch the same
@@ -143,6 +148,28 @@ class BlockCache:
         finally:
             if handle is not None:
                 os.close(handle)
+
+    def _make_folder(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._trust()
+
+    def _trust(self) -> None:
+        """Raises UserError where others may put files into the folder, or links in the place of those written here."""
+        if self._trusted:
+            return
+        try:
+            facts = os.stat(self.folder)
+        except OSError:  # not there yet
+            return
+        if facts.st_uid != os.geteuid():
+            what = f"the data cache {self.folder} belongs to another user ({facts.st_uid}, this one is {os.geteuid()})"
+            raise UserError(what, "set data.cache_dir to a folder of your own; one that is not there yet is made")
+        if facts.st_mode & 0o002:
+            what = f"everybody may write to the data cache {self.folder}, and so decide what is trained on"
+            raise UserError(
+                what, f"chmod o-w {self.folder}, or set data.cache_dir to a folder in it, which is then made"
+            )
+        self._trusted = True
 
     def _path(self, key: str) -> Path:
         return self.folder / "blocks" / key[:2] / key
@@ -192,7 +219,7 @@ class BlockCache:
 
     def _make_room(self) -> None:
         """Counts a write of any process by a byte appended to one file; every `step` of them someone cleans up."""
-        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._make_folder()
         handle = os.open(self.folder / "written", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
         try:
             os.write(handle, b".")
