@@ -1,4 +1,7 @@
-"""Re-reading a whole shard folder: checksums, tar against index, every sample decoded."""
+"""Re-reading a whole shard folder: checksums, tar against index, every sample decoded.
+
+Of the keys 8 bytes each are kept, a hash, to find those that stand in two shards.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +9,11 @@ import functools
 import hashlib
 import json
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 from tqdm import tqdm
 
 from sivae_dist.data.manifest import MAX_MEMBER_BYTES, Manifest, ShardInfo, is_key
@@ -20,7 +25,11 @@ from sivae_dist.errors import UserError
 
 _READ_AT_ONCE = 8 << 20
 _LISTED_PER_SHARD = 20
+_KEYS_AT_ONCE = 1 << 20  # compared together
 _ACCESS = Access(cache_gb=0)  # what lies there is checked, not what was kept of it
+
+
+Hashes = npt.NDArray[np.uint64]
 
 
 @dataclass(frozen=True)
@@ -38,7 +47,7 @@ class _ShardReport:
     name: str
     problems: tuple[str, ...]
     decoded: int
-    keys: frozenset[int]  # 64-bit hashes
+    keys: Hashes  # of its keys, sorted, each once
 
 
 def verify(url: str, *, workers: int | None = None, progress: bool = True) -> VerifyReport:
@@ -51,7 +60,7 @@ def verify(url: str, *, workers: int | None = None, progress: bool = True) -> Ve
     store.close()
     problems: list[str] = []
     damaged: set[str] = set()
-    keys: set[int] = set()
+    keys: dict[str, Hashes] = {}
     decoded = 0
     work = functools.partial(_verify_shard, url=url, manifest=manifest)
     processes = usable_cores() if workers is None else workers
@@ -60,11 +69,14 @@ def verify(url: str, *, workers: int | None = None, progress: bool = True) -> Ve
         for report in run_tasks(work, manifest.shards, processes, bar.update):
             decoded += report.decoded
             problems += report.problems
-            if doubled := len(keys & report.keys):
-                problems.append(f"{report.name}: {doubled} keys stand in another shard too")
-            if doubled or report.problems:
+            keys[report.name] = report.keys
+            if report.problems:
                 damaged.add(report.name)
-            keys |= report.keys
+    names = [shard.name for shard in manifest.shards]
+    for name, doubled in zip(names, _in_shards_before([keys[name] for name in names]), strict=True):
+        if doubled:
+            problems.append(f"{name}: {doubled} keys stand in another shard too")
+            damaged.add(name)
     return VerifyReport(manifest, tuple(sorted(problems)), tuple(sorted(damaged)), decoded)
 
 
@@ -72,16 +84,16 @@ def _verify_shard(shard: ShardInfo, tick: Tick, *, url: str, manifest: Manifest)
     store = open_store(url, _ACCESS)
     reader = ShardReader(store, manifest, (shard,))
     problems: list[str] = []
-    keys: set[int] = set()
+    keys = np.empty(0, dtype=np.uint64)
     decoded = 0
     try:
         if _sha256(store, f"{shard.name}.tar") != shard.sha256:
             problems.append("the sha256 of the tar differs from the manifest")
         index = reader.index(0)
+        keys = _hashes(index.keys)
         problems += _compare(store, shard, manifest, index)
         for number in range(shard.count):
             tick()
-            keys.add(int.from_bytes(hashlib.sha256(index.keys[number].encode()).digest()[:8], "big"))
             try:
                 reader.read(0, number)
                 decoded += 1
@@ -95,9 +107,33 @@ def _verify_shard(shard: ShardInfo, tick: Tick, *, url: str, manifest: Manifest)
         store.close()
     more = len(problems) - _LISTED_PER_SHARD
     listed = [f"{shard.name}: {p}" for p in problems[:_LISTED_PER_SHARD]]
-    return _ShardReport(
-        shard.name, tuple(listed + [f"{shard.name}: and {more} more"] * (more > 0)), decoded, frozenset(keys)
-    )
+    return _ShardReport(shard.name, tuple(listed + [f"{shard.name}: and {more} more"] * (more > 0)), decoded, keys)
+
+
+def _hashes(keys: Sequence[str]) -> Hashes:
+    """64-bit hashes of keys, sorted, each once."""
+    digests = b"".join(hashlib.sha256(key.encode()).digest()[:8] for key in keys)
+    found: Hashes = np.unique(np.frombuffer(digests, dtype=np.uint64))
+    return found
+
+
+def _in_shards_before(shards: Sequence[Hashes]) -> list[int]:
+    """For each shard how many of its keys (sorted, each once) stand in a shard before it, too.
+
+    The range of hashes is gone through part by part, so that little memory is needed besides the hashes.
+    """
+    counts = np.zeros(len(shards), dtype=np.int64)
+    parts = -(-sum(map(len, shards)) // _KEYS_AT_ONCE)
+    edges = np.array([(part << 64) // parts for part in range(1, parts)], dtype=np.uint64)
+    cuts = [[0, *np.searchsorted(keys, edges).tolist(), len(keys)] for keys in shards]
+    for part in range(parts):
+        pieces = [keys[cut[part] : cut[part + 1]] for keys, cut in zip(shards, cuts, strict=True)]
+        together = np.concatenate(pieces)
+        owner = np.repeat(np.arange(len(shards), dtype=np.int32), [len(piece) for piece in pieces])
+        order = np.argsort(together, kind="stable")  # so equal keys stay in the order of their shards
+        again = together[order][1:] == together[order][:-1]
+        counts += np.bincount(owner[order][1:][again], minlength=len(shards))
+    return counts.tolist()
 
 
 def _sha256(store: Store, name: str) -> str:

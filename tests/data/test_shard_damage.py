@@ -7,12 +7,15 @@ import json
 import re
 import shutil
 import struct
+import tracemalloc
 import zlib
 
+import numpy as np
 import pytest
 from drawn import craft, edit_manifest, picture, png
 from PIL import Image
 
+from sivae_dist.data import verify as verifying
 from sivae_dist.data.loader import ShardsConfig
 from sivae_dist.data.manifest import FILE_NAME, Manifest
 from sivae_dist.data.shard_read import ShardReader, load_index, load_manifest
@@ -195,6 +198,28 @@ def test_verify_holds_the_tar_against_the_index(tmp_path):
     assert any("keys stand in it twice" in p for p in verify(str(folder), progress=False).problems)
     folder = craft(tmp_path / "shards", [pictures[0], ("a", pictures[1][1], 1)], classes=2, shards=2)
     assert any("1 keys stand in another shard too" in p for p in verify(str(folder), progress=False).problems)
+
+
+def test_keys_in_several_shards_are_counted_in_little_memory(monkeypatch):
+    rng = np.random.default_rng(3)
+    shards = [[f"key-{n}" for n in rng.integers(0, 4000, size)] for size in (500, 0, 1, 900, 300, 900)]
+    seen, expected = set(), []
+    for keys in shards:
+        expected.append(len(seen & set(keys)))
+        seen |= set(keys)
+    hashes = [verifying._hashes(keys) for keys in shards]
+    assert [len(h) for h in hashes] == [len(set(keys)) for keys in shards]
+    for at_once in (1 << 20, 100, 7):
+        monkeypatch.setattr(verifying, "_KEYS_AT_ONCE", at_once)
+        assert verifying._in_shards_before(hashes) == expected
+    assert verifying._in_shards_before([]) == []
+    monkeypatch.setattr(verifying, "_KEYS_AT_ONCE", 1 << 12)
+    many = [np.sort(rng.integers(0, 1 << 64, 1 << 13, dtype=np.uint64)) for _ in range(32)]
+    tracemalloc.start()
+    assert verifying._in_shards_before(many) == [0] * 32
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1 << 19, "the hashes themselves are four times that"
 
 
 @pytest.mark.parametrize(
