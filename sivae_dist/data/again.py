@@ -31,6 +31,10 @@ class BadShards:
     def __init__(self) -> None:
         self._bad: dict[int, _Bad] = {}
 
+    def __contains__(self, shard: int) -> bool:
+        """Whether a shard has failed and nothing of it was read since."""
+        return shard in self._bad
+
     def error(self, shard: int) -> DataError | None:
         """What to raise instead of asking; None for a shard that never failed or may be asked for now."""
         bad = self._bad.get(shard)

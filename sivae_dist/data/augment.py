@@ -40,6 +40,11 @@ class Drawn:
         mirror, shift, hue = (None if t is None else t.pin_memory() for t in (self.mirror, self.shift, self.hue))
         return Drawn(mirror, shift, self.fill, hue)
 
+    def part(self, rows: slice) -> Drawn:
+        """What happens to some of the pictures."""
+        mirror, shift, hue = (None if t is None else t[rows] for t in (self.mirror, self.shift, self.hue))
+        return Drawn(mirror, shift, self.fill, hue)
+
     def on(self, device: torch.device) -> Drawn:
         """The same on a device."""
         tensors = (self.mirror, self.shift, self.hue)

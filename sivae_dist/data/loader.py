@@ -7,7 +7,7 @@ import os
 import sys
 import typing
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,7 +19,8 @@ from sivae_dist.data.augment import Augmentation, Fill
 from sivae_dist.data.base import DataConfig, HostBatch
 from sivae_dist.data.faults import Fault
 from sivae_dist.data.jpeg import DecoderName
-from sivae_dist.data.pictures import Failure, Pictures, Settings, SharedBatch
+from sivae_dist.data.parts import Parts, in_shard_order, listed, planned
+from sivae_dist.data.pictures import Decoded, Failure, InSlot, Pictures, Settings
 from sivae_dist.data.plan import Plan
 from sivae_dist.data.procs import die_with_parent
 from sivae_dist.data.pyramid import levels_of, no_such_level, remote_level
@@ -125,20 +126,6 @@ class ShardsConfig(DataConfig):
         return ShardStream(self, seed=seed, salt=salt, rank=rank, ranks=ranks)
 
 
-class _Positions:
-    """This rank's positions of one global batch after another, endlessly: what the DataLoader calls a batch sampler."""
-
-    def __init__(self, plan: Plan, start: int, size: int | Callable[[int], int], rank: int, ranks: int) -> None:
-        self.plan, self.start, self.size, self.rank, self.ranks = plan, start, size, rank, ranks
-
-    def __iter__(self) -> Iterator[list[int]]:
-        start = self.start
-        while True:
-            size = self.size if isinstance(self.size, int) else self.size(start)
-            yield self.plan.owned(start, size, self.rank, self.ranks).tolist()
-            start += size
-
-
 def _unchanged(batch: Any) -> Any:
     return batch
 
@@ -147,36 +134,55 @@ def _start_worker(_: int) -> None:
     die_with_parent()
 
 
-class _Batches(Iterator[HostBatch]):
-    """Iterates a DataLoader and speaks plainly when it fails. `close` ends its workers."""
+def _in_this_process(pictures: Pictures, parts: Parts) -> Iterator[Decoded | Failure]:
+    """As a DataLoader without workers, with less to do for each batch."""
+    pinned = torch.cuda.is_available()
+    for reads in parts:
+        found = pictures.__getitems__(reads)
+        done = found.unpack() if isinstance(found, InSlot) else found
+        yield done.pin_memory() if pinned and isinstance(done, Decoded) else done
+        del found, done  # while someone waits for the next one, its slot is free
 
-    def __init__(self, pictures: Pictures, positions: Iterable[list[int]], config: ShardsConfig, workers: int) -> None:
+
+class _Batches(Iterator[HostBatch]):
+    """Puts together what was drawn for batches and their pictures, and speaks plainly when these do not come.
+
+    `close` ends the workers.
+    """
+
+    def __init__(self, pictures: Pictures, parts: Parts, config: ShardsConfig, workers: int) -> None:
+        self._pictures, self._parts, self._config = pictures, parts, config
+        self._iterator: Iterator[Decoded | InSlot | Failure] | None
+        if not workers:
+            self._iterator = _in_this_process(pictures, parts)
+            return
         loader = DataLoader(
             pictures,
-            batch_sampler=positions,
+            batch_sampler=parts,  # type: ignore[arg-type]  # "lists of indices": whatever __getitems__ takes
             collate_fn=_unchanged,
             num_workers=workers,
-            prefetch_factor=config.prefetch if workers else None,
-            worker_init_fn=_start_worker if workers else None,
-            multiprocessing_context="fork" if workers else None,
-            timeout=config.timeout_s if workers else 0,
+            prefetch_factor=config.prefetch,
+            worker_init_fn=_start_worker,
+            multiprocessing_context="fork",
+            timeout=config.timeout_s,
             pin_memory=torch.cuda.is_available(),
         )
-        self._pictures, self._config = pictures, config
-        self._iterator: Iterator[HostBatch | SharedBatch | Failure] | None = iter(loader)
+        self._iterator = iter(loader)
 
     def __next__(self) -> HostBatch:
         if self._iterator is None:
             raise StopIteration
         try:
-            batch = next(self._iterator)
+            found = next(self._iterator)
         except (RuntimeError, ConnectionError, EOFError) as error:
             self.close()
             raise self._plain(error) from error
-        if isinstance(batch, Failure):
+        if isinstance(found, Failure):
             self.close()
-            raise UserError(batch.what, batch.fix)
-        return batch.unpack() if isinstance(batch, SharedBatch) else batch
+            raise UserError(found.what, found.fix)
+        done, part = found.unpack() if isinstance(found, InSlot) else found, self._parts.waiting.popleft()
+        batch = HostBatch(done.pixels.permute(0, 3, 1, 2), part.position, done.label, part.augment, done.report)
+        return _without_faults(batch) if self._pictures.settings.held_out and done.report else batch
 
     def close(self) -> None:
         self._iterator = None  # the DataLoader's iterator ends its workers when it is dropped
@@ -226,13 +232,11 @@ class ShardStream:
         augmentation.check(m.channels, side)
         self.decoder = jpeg.choose(config.decoder, m.image_format)
         turbo, tolerance = self.decoder == "simplejpeg", Tolerance(config.on_error, seed, salt)
-        self._train = Settings(
-            config.url, config.access(), m, shards, self.plan, augmentation, turbo, tolerance, config.reduce
-        )
+        self._augmentation, access, reduce = augmentation, config.access(), config.reduce
+        self._train = Settings(config.url, access, m, shards, False, turbo, tolerance, reduce)
         self.held_out_split = config.held_out_split if m.of(config.held_out_split) else config.split
-        self._held_out = Settings(
-            config.url, config.access(), m, m.of(self.held_out_split), None, None, turbo, tolerance, config.reduce
-        )
+        held_out = m.of(self.held_out_split)
+        self._held_out = Settings(config.url, access, m, held_out, True, turbo, tolerance, reduce)
         self._tell_of_small_cache(sum(s.bytes for s in shards))
         self._running: weakref.WeakSet[_Batches] = weakref.WeakSet()
 
@@ -243,10 +247,11 @@ class ShardStream:
         """
         if start < 0 or (isinstance(size, int) and size < 1):
             raise ValueError(f"batches from position {start} of size {size}")
-        positions = _Positions(self.plan, start, size, self.rank, self.ranks)
+        runs = planned(self.plan, start, size, self.rank, self.ranks)
+        parts = Parts(runs, self.plan.locate, self._augmentation, pinned=torch.cuda.is_available())
         watch = Watch(self.config.workers)
         pictures = Pictures(self._train, self._slots(start, size if isinstance(size, int) else size(start)), watch)
-        return self._start(_Batches(pictures, positions, self.config, self.config.workers))
+        return self._start(_Batches(pictures, parts, self.config, self.config.workers))
 
     def _slots(self, start: int, size: int) -> Slots:
         """Memory for this rank's part of batches of `size` and a little more, as parts differ in size."""
@@ -276,10 +281,11 @@ class ShardStream:
         """Every ranks-th of the first `limit` samples of `held_out_split`; position is the number in shard order."""
         total = sum(s.count for s in self._held_out.shards)
         numbers = list(range(self.rank, min(limit, total), self.ranks))
-        parts = [numbers[i : i + batch] for i in range(0, len(numbers), batch)]
-        if not parts:
+        if not numbers:
             return []
-        workers = min(self.config.workers, len(parts)) if len(parts) > 1 else 0
+        runs = listed(numbers, batch)
+        parts = Parts(runs, in_shard_order(self._held_out.shards), None)
+        workers = min(self.config.workers, len(runs)) if len(runs) > 1 else 0
         running = self._start(_Batches(Pictures(self._held_out, None, Watch(workers)), parts, self.config, workers))
         try:
             found = list(running)
@@ -306,6 +312,14 @@ class ShardStream:
     def _start(self, batches: _Batches) -> _Batches:
         self._running.add(batches)
         return batches
+
+
+def _without_faults(batch: HostBatch) -> HostBatch:
+    """Held-out pictures have no replacements: one of them would count twice in what is measured."""
+    assert batch.report is not None
+    good = ~torch.isin(batch.position, torch.tensor([fault.position for fault in batch.report.faults]))
+    label = None if batch.label is None else batch.label[good]
+    return HostBatch(batch.data[good], batch.position[good], label, None, batch.report)
 
 
 def _ranks_here() -> int:

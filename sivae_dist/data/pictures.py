@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
-import functools
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
-from sivae_dist.data.augment import Augmentation
-from sivae_dist.data.base import HostBatch
+from sivae_dist.data import jpeg
 from sivae_dist.data.faults import Report
 from sivae_dist.data.manifest import Manifest, ShardInfo
-from sivae_dist.data.plan import Plan
+from sivae_dist.data.parts import Reads
 from sivae_dist.data.replace import Replacing, Tolerance
 from sivae_dist.data.shard_read import ShardReader
 from sivae_dist.data.slots import Place, Slots, pool_of
 from sivae_dist.data.store import Access, open_store
 from sivae_dist.data.watch import Watch
 from sivae_dist.errors import UserError
+
+# Bytes of encoded pictures that are read before they are decoded. Reading many in a row is quicker, as its code and the
+# kernel's stay in the caches; those of a core must also hold the bytes until they are decoded.
+_READ_AT_ONCE = 1 << 18
 
 
 @dataclass
@@ -32,37 +36,47 @@ class Failure:
 
 
 @dataclass
-class SharedBatch:
-    """A batch on its way from a worker: the pixels lie in a slot, and only this message goes through the queue."""
+class Decoded:
+    """The pictures of a batch. pixels: (B, H, W, C) uint8, as decoders write them; label: (B,) int64 or None."""
 
-    place: Place
-    shape: tuple[int, int, int, int]  # (B, H, W, C)
-    positions: npt.NDArray[np.int64]
-    label: npt.NDArray[np.int64] | None
-    augmentation: Augmentation | None
+    pixels: Tensor
+    label: Tensor | None
     report: Report | None
 
-    def unpack(self) -> HostBatch:
-        """In the training process: the batch, on the slot's own memory."""
-        size = int(np.prod(self.shape))
-        pixels = torch.from_numpy(pool_of(self.place).lease(self.place, size)).view(self.shape)
-        return _host_batch(pixels, self.positions, self.label, self.augmentation, self.report)
+    def pin_memory(self) -> Decoded:
+        """Page-locked copy (torch's DataLoader calls this)."""
+        label = None if self.label is None else self.label.pin_memory()
+        return Decoded(self.pixels.pin_memory(), label, self.report)
 
-    def pin_memory(self) -> HostBatch:
-        """Page-locked copy (torch's DataLoader calls this); the slot is free again."""
+
+@dataclass
+class InSlot:
+    """The same on its way from a worker: the pixels lie in a slot, and only this message goes through the queue."""
+
+    place: Place
+    shape: tuple[int, int, int, int]
+    label: npt.NDArray[np.int64] | None
+    report: Report | None
+
+    def unpack(self) -> Decoded:
+        """In the training process: the pictures, on the slot's own memory."""
+        pixels = torch.from_numpy(pool_of(self.place).lease(self.place, self.shape))
+        return Decoded(pixels, None if self.label is None else torch.from_numpy(self.label), self.report)
+
+    def pin_memory(self) -> Decoded:
+        """Page-locked copy; the slot is free again."""
         return self.unpack().pin_memory()
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What a worker needs to turn positions into pictures; small, and the same for all workers."""
+    """What a worker needs to turn samples into pictures; small, and the same for all workers."""
 
     url: str
     access: Access
     manifest: Manifest
     shards: tuple[ShardInfo, ...]
-    plan: Plan | None  # None: positions are sample numbers in shard order
-    augmentation: Augmentation | None
+    held_out: bool  # what cannot be used is left out instead of replaced
     turbo: bool = False  # decode with data.jpeg
     tolerance: Tolerance = field(default_factory=Tolerance)
     reduce: int = 1
@@ -77,18 +91,17 @@ class Settings:
         return self.side**2 * self.manifest.channels
 
 
-class Pictures(Dataset[HostBatch]):
-    """Decodes lists of positions, whole batches at once. Opens files lazily, in the process that uses them."""
+class Pictures(Dataset[Decoded]):
+    """Decodes whole batches at once. Opens files lazily, in the process that uses them."""
 
     def __init__(self, settings: Settings, slots: Slots | None = None, watch: Watch | None = None) -> None:
         self.settings, self.slots, self.watch = settings, slots, watch
         self._reader: ShardReader | None = None
-        self._ends = np.cumsum([s.count for s in settings.shards])
 
-    def __getitems__(self, positions: list[int]) -> HostBatch | SharedBatch | Failure:
-        place = self._slot(len(positions))
+    def __getitems__(self, reads: Reads) -> Decoded | InSlot | Failure:
+        place = self._slot(len(reads))
         try:
-            return self._batch(np.asarray(positions, dtype=np.int64), place)
+            return self._batch(reads, place)
         except UserError as error:
             if place is not None and self.slots is not None:
                 self.slots.give(place)
@@ -100,83 +113,80 @@ class Pictures(Dataset[HostBatch]):
         info = get_worker_info()
         return self.slots.take(0 if info is None else info.id, count * self.settings.sample_bytes())
 
-    def _batch(self, positions: npt.NDArray[np.int64], place: Place | None) -> HostBatch | SharedBatch:
+    def _batch(self, reads: Reads, place: Place | None) -> Decoded | InSlot:
         s = self.settings
-        if s.plan is not None:
-            shard, number = s.plan.locate(positions)
-        else:
-            shard = np.searchsorted(self._ends, positions, side="right")
-            number = positions - (self._ends - [i.count for i in s.shards])[shard]
         # Height, width, channels, as decoders write them: turning a picture costs as much as a third of decoding it.
-        shape = (len(positions), s.side, s.side, s.manifest.channels)
+        shape = (len(reads), s.side, s.side, s.manifest.channels)
         if place is None or self.slots is None:
             pixels = torch.empty(shape, dtype=torch.uint8)
-            label, report = self._read(positions, shard, number, pixels.numpy())
-            if s.plan is None and report is not None and report.faults:
-                return _without_faults(_host_batch(pixels, positions, label, s.augmentation, report), report)
-            return _host_batch(pixels, positions, label, s.augmentation, report)
-        memory = self.slots.memory(place, len(positions) * s.sample_bytes()).reshape(shape)
-        label, report = self._read(positions, shard, number, memory)
-        return SharedBatch(place, shape, positions, label, s.augmentation, report)
+            label, report = self._read(reads, pixels.numpy())
+            return Decoded(pixels, None if label is None else torch.from_numpy(label), report)
+        memory = self.slots.memory(place, len(reads) * s.sample_bytes()).reshape(shape)
+        label, report = self._read(reads, memory)
+        return InSlot(place, shape, label, report)
 
-    def _read(
+    def _read(self, reads: Reads, out: npt.NDArray[np.uint8]) -> tuple[npt.NDArray[np.int64] | None, Report | None]:
+        """Fills out (B, H, W, C); labels (B,), and what there is to report."""
+        s, report, labels = self.settings, Report(), [0] * len(reads)
+        reader = self._opened()
+        reader.prepare(reads.shard, reads.number)
+        rest: Sequence[int] = range(len(reads))
+        if s.turbo:
+            rest = self._read_quickly(reader, reads, out, labels)
+        if rest:
+            self._read_plainly(reader, reads, rest, out, labels, report)
+        events = reader.store.events
+        if events.counts or events.notes:
+            met = events.take()
+            report.counts, report.notes = met.counts, met.notes
+        return np.array(labels, dtype=np.int64) if s.manifest.classes else None, report if report else None
+
+    def _read_quickly(
+        self, reader: ShardReader, reads: Reads, out: npt.NDArray[np.uint8], labels: list[int]
+    ) -> list[int]:
+        """Reads and decodes what is as it should be; returns which of `reads` are left to the plain way."""
+        left, done, reduce = [], 0, self.settings.reduce
+        while done < len(reads):
+            found = reader.several(reads.shard[done:], reads.number[done:], _READ_AT_ONCE)
+            for which, sample in enumerate(found, done):
+                place = reads.place[which]
+                if sample is None or not jpeg.decode_into(sample[0], out[place], reduce):
+                    left.append(which)
+                else:
+                    labels[place] = max(sample[1], 0)
+            done += len(found)
+        return left
+
+    def _read_plainly(
         self,
-        positions: npt.NDArray[np.int64],
-        shard: npt.NDArray[np.int64],
-        number: npt.NDArray[np.int64],
+        reader: ShardReader,
+        reads: Reads,
+        which: Sequence[int],
         out: npt.NDArray[np.uint8],
-    ) -> tuple[npt.NDArray[np.int64] | None, Report | None]:
-        """Fills out (B, H, W, C); labels (B,), and what there is to report.
-
-        Reads shard by shard and forwards, which disks and caches like.
-        """
-        s, report, labels = self.settings, Report(), np.zeros(len(shard), dtype=np.int64)
-        reader, place = self._opened(), 0
-        reader.prepare(shard, number)
+        labels: list[int],
+        report: Report,
+    ) -> None:
+        """One by one: the reference, which also says what is wrong with a sample and finds another one for its slot."""
+        s, place = self.settings, 0
 
         def read(shard: int, number: int) -> int:
             return reader.read_into(shard, number, out[place], turbo=s.turbo, reduce=s.reduce)[1] or 0
 
         replacing = Replacing(reader, s.tolerance, read)
-        for place in np.lexsort((number, shard)).tolist():
-            where = int(positions[place]), int(shard[place]), int(number[place])
-            if s.plan is not None:
-                labels[place] = replacing.read(*where, report)
-            else:
-                labels[place] = replacing.read_or_leave_out(*where, report) or 0
-        met = reader.store.events.take()
-        report.counts, report.notes = met.counts, met.notes
-        return labels if s.manifest.classes else None, report if report else None
+        one = replacing.read_or_leave_out if s.held_out else replacing.read
+        for i in which:
+            place = reads.place[i]
+            labels[place] = one(reads.position[i], reads.shard[i], reads.number[i], report) or 0
 
     def _opened(self) -> ShardReader:
         if self._reader is None:
             s, info = self.settings, get_worker_info()
             self._reader = ShardReader(open_store(s.url, s.access), s.manifest, s.shards)
             if self.watch is not None and info is not None:
-                self._reader.on_read = functools.partial(self.watch.tell, info.id)
+                self._reader.on_read = self.watch.teller(info.id)
         return self._reader
 
     def close(self) -> None:
         """Closes files."""
         if self._reader is not None:
             self._reader.store.close()
-
-
-def _host_batch(
-    pixels: torch.Tensor,
-    positions: npt.NDArray[np.int64],
-    label: npt.NDArray[np.int64] | None,
-    augmentation: Augmentation | None,
-    report: Report | None,
-) -> HostBatch:
-    drawn = None if augmentation is None else augmentation.draw(positions)
-    labels = None if label is None else torch.from_numpy(label)
-    return HostBatch(pixels.permute(0, 3, 1, 2), torch.from_numpy(positions), labels, drawn, report)
-
-
-def _without_faults(batch: HostBatch, report: Report) -> HostBatch:
-    """Held-out pictures have no replacements: one of them would count twice in what is measured."""
-    lost = torch.tensor([fault.position for fault in report.faults])
-    good = ~torch.isin(batch.position, lost)
-    label = None if batch.label is None else batch.label[good]
-    return HostBatch(batch.data[good], batch.position[good], label, None, report)

@@ -73,6 +73,11 @@ class Plan:
         self._slots = (-(-longest // self.window) + 1) * self.window  # per lane, with room for the phase
         self._cache: OrderedDict[int, _Epoch] = OrderedDict()
 
+    @property
+    def at_once(self) -> int:
+        """As many positions `locate` finds by windows that it keeps; more at a time have them computed anew."""
+        return min(_FEW, max(1, _CELLS_KEPT // self.window))
+
     def lane_sizes(self) -> Int64:
         """Samples of an epoch by turn, (L,), the longer ones first; the lanes of the first epoch are in this order."""
         return self._base + (np.arange(self.lanes) < self._longer).astype(np.int64)
@@ -139,7 +144,7 @@ class Plan:
         """
         slot = step + tables.phase[lane]
         numbers = (lane * self._slots + slot) // self.window
-        if len(step) <= min(_FEW, _CELLS_KEPT // self.window):
+        if len(step) <= self.at_once:
             offset = slot % self.window
             return step + self._from_kept(tables, numbers, offset) - offset
         windows, which = np.unique(numbers, return_inverse=True)

@@ -84,7 +84,8 @@ def disagreements(levels: Sequence[Path]) -> list[str]:
         stores = [open_store(str(place)) for place in (first[0], level)]
         for shards in zip(first[1].shards, manifest.shards, strict=True):
             indices = [load_index(store, s, first[1].classes) for store, s in zip(stores, shards, strict=True)]
-            if indices[0].keys != indices[1].keys or indices[0].label.tolist() != indices[1].label.tolist():
+            labels = [[row[3] for row in index.rows()] for index in indices]
+            if indices[0].keys != indices[1].keys or labels[0] != labels[1]:
                 problems.append(f"{level}/{shards[0].name} has other samples than {first[0]}/{shards[0].name}")
         for store in stores:
             store.close()

@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import zlib
+import struct
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from sivae_dist.data import jpeg
 from sivae_dist.data.again import BadShards
+from sivae_dist.data.checksum import checksum
 from sivae_dist.data.decode import decode_into
 from sivae_dist.data.faults import DataError
 from sivae_dist.data.manifest import (
@@ -31,6 +32,7 @@ from sivae_dist.data.stores.base import REREADS, NoMemory, expected_files, read_
 from sivae_dist.data.watch import INDEX
 from sivae_dist.errors import UserError
 
+_ROW = struct.Struct("<QIIq")  # MAX_MEMBER_BYTES and a CRC-32 have 32 bits
 _INDICES_KEPT = 256  # about 100 kB each at 1,024 samples a shard
 _REMEDY = "copy the shard again, or pack the data set again; `sivae-dist data verify` lists all damage"
 
@@ -46,13 +48,18 @@ class Sample:
 
 @dataclass(frozen=True)
 class Index:
-    """Where the images of one shard lie. Arrays have one element a sample; label is -1 for none."""
+    """Where the images of one shard lie. packed: a row a sample, small and quickly read."""
 
     keys: list[str]
-    offset: npt.NDArray[np.int64]
-    size: npt.NDArray[np.int64]
-    crc32: npt.NDArray[np.int64]
-    label: npt.NDArray[np.int64]
+    packed: bytes
+
+    def row(self, number: int) -> tuple[int, int, int, int]:
+        """Offset, size, CRC-32 and label of a sample; label -1 for none."""
+        return _ROW.unpack_from(self.packed, number * _ROW.size)
+
+    def rows(self) -> list[tuple[int, int, int, int]]:
+        """All of them."""
+        return list(_ROW.iter_unpack(self.packed))
 
 
 def load_manifest(store: Store) -> Manifest:
@@ -99,10 +106,8 @@ def load_index(store: Store, shard: ShardInfo, classes: int) -> Index:
         if problem := _row_problem(row, end, shard.bytes, classes):
             raise DataError("index", f"{where}: sample {row!r:.120}: {problem}", _REMEDY)
         end = row[1] + row[2]
-    columns = [[row[c] for row in rows] for c in range(5)]
-    labels = [-1 if label is None else label for label in columns[4]]
-    offset, sizes, crc32, label = (np.asarray(c, dtype=np.int64) for c in (columns[1], columns[2], columns[3], labels))
-    return Index(columns[0], offset, sizes, crc32, label)
+    numbers = [(offset, size, crc32, -1 if label is None else label) for _, offset, size, crc32, label in rows]
+    return Index([row[0] for row in rows], b"".join(_ROW.pack(*row) for row in numbers))
 
 
 def _row_problem(row: Any, end: int, tar_bytes: int, classes: int) -> str:
@@ -126,6 +131,7 @@ class ShardReader:
 
     def __init__(self, store: Store, manifest: Manifest, shards: tuple[ShardInfo, ...]) -> None:
         self.store, self.manifest, self.shards = store, manifest, shards
+        self._tars = [f"{shard.name}.tar" for shard in shards]
         store.expect(expected_files(manifest))
         self._indices: OrderedDict[int, Index] = OrderedDict()
         self._bad = BadShards()
@@ -134,12 +140,15 @@ class ShardReader:
 
     def index(self, shard: int) -> Index:
         """The index of a shard by its number in `shards`; also checks that the tar has the size the manifest says."""
+        if (known := self._indices.get(shard)) is not None and shard not in self._bad:
+            self._indices.move_to_end(shard)
+            return known
         if error := self._bad.error(shard):
             raise error
         if self._bad.begins(shard):
             self._indices.pop(shard, None)
             self.store.renew(f"{self.shards[shard].name}.index")
-            self.store.renew(f"{self.shards[shard].name}.tar")
+            self.store.renew(self._tars[shard])
         if shard in self._indices:
             self._indices.move_to_end(shard)
             return self._indices[shard]
@@ -156,19 +165,19 @@ class ShardReader:
             self._indices.popitem(last=False)
         return index
 
-    def prepare(self, shards: npt.NDArray[np.int64], numbers: npt.NDArray[np.int64]) -> None:
+    def prepare(self, shards: Sequence[int], numbers: Sequence[int]) -> None:
         """Is told which samples will be read now, so that a store elsewhere can fetch several at a time."""
         if isinstance(self.store, NoMemory):
             return  # it has nothing to prepare, and this would cost as much as reading
-        new = [s for s in np.unique(shards).tolist() if s not in self._indices and not self._bad.error(s)]
+        new = [s for s in sorted(set(shards)) if s not in self._indices and not self._bad.error(s)]
         self.store.prepare([(f"{self.shards[shard].name}.index", 0, 0) for shard in new])
         wanted = []
-        for shard, number in zip(shards.tolist(), numbers.tolist(), strict=True):
+        for shard, number in zip(shards, numbers, strict=True):
             with contextlib.suppress(DataError):  # reading it will say so
-                index = self.index(shard)
-                wanted.append((f"{self.shards[shard].name}.tar", int(index.offset[number]), int(index.size[number])))
+                offset, size, _, _ = self.index(shard).row(number)
+                wanted.append((self._tars[shard], offset, size))
         if wanted:
-            self.on_read(int(shards[0]), wanted[0][1], wanted[0][2])
+            self.on_read(shards[0], wanted[0][1], wanted[0][2])
             try:
                 self.store.prepare(wanted)
             finally:
@@ -190,17 +199,15 @@ class ShardReader:
 
     def encoded(self, shard: int, number: int) -> tuple[str, bytes, int | None]:
         """Key, checked image bytes and label of one sample. Raises DataError naming shard and key, or StorageError."""
-        index, name = self.index(shard), f"{self.shards[shard].name}.tar"
-        offset, size, label = int(index.offset[number]), int(index.size[number]), int(index.label[number])
-
-        crc32 = int(index.crc32[number])
+        index, name = self.index(shard), self._tars[shard]
+        offset, size, crc32, label = index.row(number)
         self.on_read(shard, offset, size)
         try:
             data = self.store.read(name, offset, size)
-            whole = len(data) == size and zlib.crc32(data) == crc32
+            whole = len(data) == size and checksum(data) == crc32
             if not whole and self.store.forget(name, offset, size):  # a copy on the way was damaged, perhaps
                 data = self.store.read(name, offset, size)
-                whole = len(data) == size and zlib.crc32(data) == crc32
+                whole = len(data) == size and checksum(data) == crc32
         except DataError as error:  # the file is not there, or another one is
             self._bad.failed(shard, error)
             raise
@@ -214,6 +221,34 @@ class ShardReader:
             )
             raise DataError(reason, f"{self.store.url}/{name}: sample {index.keys[number]!r} {what}", _REMEDY, data)
         return index.keys[number], data, None if label < 0 else label
+
+    def several(self, shards: Sequence[int], numbers: Sequence[int], enough: int) -> list[tuple[bytes, int] | None]:
+        """Checked image bytes and labels (-1: none) of the first samples of these, until `enough` bytes are read.
+
+        The quick way: one loop, the code of which stays in the processor's caches. None for a sample with which
+        anything is not as it should be; `encoded` says what, or gets it in another way. Raises StorageError.
+        """
+        found: list[tuple[bytes, int] | None] = []
+        read, tars, tell, bad = self.store.read, self._tars, self.on_read, self._bad
+        try:
+            for shard, number in zip(shards, numbers, strict=True):
+                if shard in bad:
+                    found.append(None)
+                    continue
+                try:
+                    offset, size, crc32, label = self.index(shard).row(number)
+                    tell(shard, offset, size)
+                    data = read(tars[shard], offset, size)
+                except DataError:
+                    found.append(None)
+                    continue
+                found.append((data, label) if len(data) == size and checksum(data) == crc32 else None)
+                enough -= size
+                if enough <= 0:
+                    break
+        finally:
+            tell(-1, 0, 0)
+        return found
 
     def read(self, shard: int, number: int) -> Sample:
         """One decoded sample. Raises UserError naming shard and key."""
@@ -235,7 +270,6 @@ class ShardReader:
             try:
                 decode_into(data, out, image_format=self.manifest.image_format, reduce=reduce)
             except UserError as error:
-                name = f"{self.shards[shard].name}.tar"
-                what = f"{self.store.url}/{name}: sample {key!r}: {error.what}"
+                what = f"{self.store.url}/{self._tars[shard]}: sample {key!r}: {error.what}"
                 raise DataError("decode", what, _REMEDY, data) from None
         return key, label

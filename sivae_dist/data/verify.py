@@ -146,8 +146,8 @@ def _sha256(store: Store, name: str) -> str:
 
 def _compare(store: Store, shard: ShardInfo, manifest: Manifest, index: Index) -> list[str]:
     """Walks the tar and holds it against the index: same pictures at the same places, labels that agree."""
-    columns = (index.offset, index.size, index.label)
-    expected = {key: tuple(int(c[i]) for c in columns) for i, key in enumerate(index.keys)}
+    rows = zip(index.keys, index.rows(), strict=True)
+    expected = {key: (offset, size, label) for key, (offset, size, _, label) in rows}
     found: set[str] = set()
     problems = []
     try:

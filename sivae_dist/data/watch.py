@@ -5,7 +5,7 @@ from __future__ import annotations
 import mmap
 import struct
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 _SLOT = struct.Struct("<dqqq")  # since when (time.monotonic, the same clock in all processes; 0: nothing), shard, ...
@@ -39,20 +39,14 @@ class Watch:
         self.workers = workers
         self._memory = mmap.mmap(-1, max(1, workers) * _SLOT.size)
 
-    def begin(self, worker: int, shard: int, offset: int, size: int) -> None:
-        """In a worker: a read begins."""
-        _SLOT.pack_into(self._memory, worker * _SLOT.size, time.monotonic(), shard, offset, size)
+    def teller(self, worker: int) -> Callable[[int, int, int], None]:
+        """In a worker: what is to be told of each read (shard, offset, size), and of its end by a shard below 0."""
+        memory, at, now, write = self._memory, worker * _SLOT.size, time.monotonic, _SLOT.pack_into
 
-    def tell(self, worker: int, shard: int, offset: int, size: int) -> None:
-        """In a worker: what `ShardReader.on_read` is told."""
-        if shard < 0:
-            self.end(worker)
-        else:
-            self.begin(worker, shard, offset, size)
+        def tell(shard: int, offset: int, size: int) -> None:
+            write(memory, at, now() if shard >= 0 else 0.0, shard, offset, size)
 
-    def end(self, worker: int) -> None:
-        """In a worker: it has ended."""
-        _SLOT.pack_into(self._memory, worker * _SLOT.size, 0.0, 0, 0, 0)
+        return tell
 
     def longest(self) -> Reading | None:
         """The read that has gone on for longest, None when there is none."""

@@ -285,10 +285,10 @@ def test_what_hangs_is_named(packed, monkeypatch):
 def test_the_watch_names_the_longest(monkeypatch):
     watch = Watch(3)
     assert watch.longest() is None
-    watch.tell(2, 1, 512, 100)
+    watch.teller(2)(1, 512, 100)
     time.sleep(0.01)
-    watch.tell(0, 0, INDEX, 0)
+    watch.teller(0)(0, INDEX, 0)
     reading = watch.longest()
     assert reading.text(["a", "b"]).startswith("worker 2 has been reading 100 bytes at 512 of b.tar for 0 s")
-    watch.tell(2, -1, 0, 0)
+    watch.teller(2)(-1, 0, 0)
     assert watch.longest().text(["a", "b"]).startswith("worker 0 has been reading a.index for")

@@ -8,7 +8,6 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 from web import How, Server, serving
 
@@ -333,11 +332,11 @@ def test_missing_blocks_are_fetched_together(web, packed, access, monkeypatch):
     reader = ShardReader(store, manifest, manifest.shards)
     truth = ShardReader(FolderStore(packed), manifest, manifest.shards)
     web.how = how
-    shards, numbers = np.arange(6), np.array([0, 3, 1, 5, 2, 4])
+    shards, numbers = list(range(6)), [0, 3, 1, 5, 2, 4]
     reader.prepare(shards, numbers)
     assert most[0] > 2
     before = len(web.asked)
-    for shard, number in zip(shards.tolist(), numbers.tolist(), strict=True):
+    for shard, number in zip(shards, numbers, strict=True):
         assert reader.encoded(shard, number) == truth.encoded(shard, number)
     assert len(web.asked) == before, "everything was there"
     assert len({(a.name, a.begin) for a in web.asked}) == len(web.asked), "nothing was asked for twice"
@@ -349,14 +348,14 @@ def test_what_cannot_be_prepared_fails_where_it_is_read(web, packed, access, mon
     manifest = load_manifest(store)
     reader = ShardReader(store, manifest, manifest.shards)
     web.how = lambda a: How(404) if a.name in ("shard-000001.tar", "shard-000002.index") else How()
-    reader.prepare(np.arange(6), np.zeros(6, dtype=np.int64))
+    reader.prepare(range(6), [0] * 6)
     for shard in (1, 2):
         with pytest.raises(DataError, match="is missing"):
             reader.encoded(shard, 0)
     reader.encoded(3, 0)
     web.how = lambda a: How(500)
     with pytest.raises(StorageError, match="the server answers 500"):
-        reader.prepare(np.arange(3, 6), np.array([4, 4, 4]))
+        reader.prepare([3, 4, 5], [4, 4, 4])
 
 
 def test_a_cache_that_is_too_small_for_the_lanes_is_told(web, tmp_path, capsys):

@@ -311,4 +311,4 @@ def test_grey_and_unlabelled_folders(tmp_path):
     assert batch.data.shape == (8, 1, 8, 8)
     assert batch.label is None
     manifest = Manifest.from_bytes((folder / FILE_NAME).read_bytes(), "x")
-    assert load_index(FolderStore(folder), manifest.shards[0], 0).label.tolist() == [-1]
+    assert [row[3] for row in load_index(FolderStore(folder), manifest.shards[0], 0).rows()] == [-1]

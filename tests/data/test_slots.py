@@ -22,7 +22,7 @@ def test_a_slot_is_busy_until_the_last_view_is_gone():
     assert slots.take(0, 10) is not None, "the other worker has its own"
     slots.memory(first, 5000)[:] = 9
     slots.memory(second, 10)[:] = 5
-    tensor = torch.from_numpy(pool_of(first).lease(first, 5000)).view(50, 100)
+    tensor = torch.from_numpy(pool_of(first).lease(first, (50, 100)))
     part = tensor[3].permute(0)
     del tensor
     gc.collect()
@@ -33,6 +33,19 @@ def test_a_slot_is_busy_until_the_last_view_is_gone():
     assert slots.take(1, 10) == first
     slots.give(second)
     assert slots.take(1, 10) == second
+
+
+def test_slots_keep_apart_and_rows_begin_beside_multiples_of_32_bytes():
+    """Where libjpeg-turbo would write past the caches. Slots of some large pages begin at one."""
+    for size in (100, 5000, (1 << 21) - 16, (1 << 21) + 1):
+        slots = Slots(workers=1, each=3, size=size)
+        places = [slots.take(0, size) for _ in range(3)]
+        for number, place in enumerate(places):
+            slots.memory(place, size)[:] = number + 1
+            assert slots.address(place.slot) == slots.memory(place, size).ctypes.data
+            assert slots.address(place.slot) % 32 == 16
+        assert [set(slots.lease(p, (size,)).tolist()) for p in places] == [{1}, {2}, {3}]
+        assert slots.busy() == 0
 
 
 def test_what_does_not_fit_is_refused():

@@ -30,14 +30,13 @@ class FolderStore(NoMemory):
     def read(self, name: str, offset: int, length: int) -> bytes:
         """A range of a file, shorter than `length` only at the file's end. Raises UserError."""
         handle = self._handle(name)
-        parts: list[bytes] = []
         try:
-            while length > 0 and (part := os.pread(handle, length, offset)):
-                parts.append(part)
-                offset, length = offset + len(part), length - len(part)
+            data = os.pread(handle, length, offset)
+            while len(data) < length and (more := os.pread(handle, length - len(data), offset + len(data))):
+                data += more
         except OSError as error:
             raise self._unreadable(name, error) from None
-        return parts[0] if len(parts) == 1 else b"".join(parts)
+        return data
 
     def whole(self, name: str, limit: int) -> bytes:
         """A small file, whole. Raises UserError, also when it has more than `limit` bytes."""
