@@ -29,10 +29,10 @@ inline void check_side(const Side& side, const Tensor& x, int64_t numel, const c
   STD_TORCH_CHECK(side->numel() == numel, name, " has ", side->numel(), " numbers, expected ", numel);
 }
 
-inline Call prepare(const Tensor& x, const Tensor& scale, const Side& noise, const Side& strength, const Side& bias,
+// Checks what stands beside a map of `map.space` pixels.
+inline Call checked(const Map& map, const Tensor& scale, const Side& noise, const Side& strength, const Side& bias,
                     const Side& next, double alpha, double gain, double clamp) {
-  STD_TORCH_CHECK(x.dim() == 4, "modulated_epilogue expects (B, C, H, W)");
-  const Map map = dense(x);
+  const Tensor& x = map.tensor;
   const int64_t rows = map.batch * map.channels;
   check_side(scale, x, rows, "scale");
   check_side(next, x, rows, "next");
@@ -44,6 +44,12 @@ inline Call prepare(const Tensor& x, const Tensor& scale, const Side& noise, con
     check_side(noise, x, noise->size(0) * map.space, "noise");
   }
   return {map, scale, noise, strength, bias, next, alpha, gain, clamp};
+}
+
+inline Call prepare(const Tensor& x, const Tensor& scale, const Side& noise, const Side& strength, const Side& bias,
+                    const Side& next, double alpha, double gain, double clamp) {
+  STD_TORCH_CHECK(x.dim() == 4, "modulated_epilogue expects (B, C, H, W)");
+  return checked(dense(x), scale, noise, strength, bias, next, alpha, gain, clamp);
 }
 
 // A gradient of the map's sizes, type and layout.

@@ -1,8 +1,6 @@
 // The epilogue of a modulated layer on a GPU: one pass over the map either way; backward adds up the gradients of scale,
 // bias, strength and next style on the way.
-#include "common/planes.h"
-#include "common/reduce.h"
-#include "modulated_conv2d/host.h"
+#include "modulated_conv2d/add_up.h"
 
 namespace sivae::modulated_conv2d {
 namespace {
@@ -73,18 +71,6 @@ struct Backward : Pass<T, 1 + int{PLAIN} + int{SCALED}, 1, 4> {
   }
 };
 
-template <typename W>
-struct Kept {
-  W *scale, *next, *bias, *strength;  // bias, strength: (C, B), to be added up over the samples
-  int64_t batch, channels;
-  __device__ void operator()(int64_t b, int64_t c, const W (&total)[4]) const {
-    scale[b * channels + c] = total[0];
-    bias[c * batch + b] = total[1];
-    strength[c * batch + b] = total[2];
-    next[b * channels + c] = total[3];
-  }
-};
-
 std::tuple<Tensor, Tensor> run(const Tensor& x, const Tensor& scale, const Side& noise, const Side& strength,
                                const Side& bias, const Side& next, double alpha, double gain, double clamp, bool both) {
   const Launcher launch(x);
@@ -146,8 +132,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> run_backward(const Side& g, c
     const bool all_aligned = aligned(from) && aligned(one) && aligned(two) && aligned(to) && aligned(constants.noise);
     const Cut how = planes::cut<T>(shape, call.x.last, all_aligned);
     const Tensor parts = empty_wide(call, {shape.batch, shape.channels, how.chunks, 4});
-    const Tensor per_sample = empty_wide(call, {2, shape.channels, shape.batch});
-    W *at = write<W>(parts), *biases = write<W>(per_sample), *strengths = biases + shape.batch * shape.channels;
+    W* at = write<W>(parts);
     const auto go = [&](auto with_plain, auto with_scaled) {
       using F = Backward<T, decltype(with_plain)::value, decltype(with_scaled)::value>;
       planes::pass(launch, F({constants, call.formula<W>(), from, one, two, to, nullptr}), shape, how, at);
@@ -159,12 +144,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> run_backward(const Side& g, c
     } else {
       go(std::false_type{}, std::true_type{});
     }
-    const Kept<W> end{write<W>(dscale), write<W>(dnext), biases, strengths, shape.batch, shape.channels};
-    launch(planes::gather<4, Kept<W>, W>, std::min(shape.batch * shape.channels, launch.resident_blocks() * 8), dim3(32),
-           static_cast<const W*>(at), shape, how.chunks, end);
-    launch(sum_rows<W>, shape.channels, dim3(THREADS), static_cast<const W*>(biases), shape.batch, write<W>(dbias));
-    launch(sum_rows<W>, int64_t{1}, dim3(THREADS), static_cast<const W*>(strengths), shape.batch * shape.channels,
-           write<W>(dstrength));
+    add_up<W>(launch, call, at, how.chunks, {dscale, dnext, dbias, dstrength});
   });
   return {dx, dscale, dbias, dstrength, dnext};
 }

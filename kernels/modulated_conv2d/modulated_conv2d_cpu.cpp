@@ -2,6 +2,7 @@
 // channels_last) COLUMNS channels pixel by pixel.
 #include "common/place.h"
 #include "common/rows_cpu.h"
+#include "modulated_conv2d/epilogue_cpu.h"
 #include "modulated_conv2d/host.h"
 
 namespace sivae::modulated_conv2d {
@@ -18,23 +19,6 @@ void share(const Map& x, const F& work) {
       work(b, c0, std::min(each, x.channels - c0), x.last ? shape.in_last(b, c0, 0) : shape.in_plane(b, c0, 0));
     }
   });
-}
-
-template <typename T, typename W>
-void row(const Formula<W>& f, const Channel<W>& c, const T* x, const W* noise, int64_t many, T* __restrict y,
-         T* __restrict scaled) {
-  W result[CHUNK];
-  if (noise) {
-    for (int64_t i = 0; i < many; ++i) result[i] = activated(f, value(c, widen(x[i]), noise[i]));
-  } else {
-    for (int64_t i = 0; i < many; ++i) result[i] = activated(f, value(c, widen(x[i]), W(0)));
-  }
-  if (y) {
-    for (int64_t i = 0; i < many; ++i) y[i] = narrow<T>(result[i]);
-  }
-  if (scaled) {
-    for (int64_t i = 0; i < many; ++i) scaled[i] = narrow<T>(result[i] * c.next);
-  }
 }
 
 std::tuple<Tensor, Tensor> run(const Tensor& x, const Tensor& scale, const Side& noise, const Side& strength,

@@ -1,4 +1,7 @@
-"""`torch.ops.sivae.modulated_epilogue`: shapes and derivative of the kernels in `kernels/modulated_conv2d`."""
+"""`torch.ops.sivae.modulated_epilogue`: shapes and derivative of the kernels in `kernels/modulated_conv2d`.
+
+The same with the filter of a transposed convolution before it: `_fused_modulated_fir`.
+"""
 
 from __future__ import annotations
 

@@ -70,23 +70,31 @@ def conv2d_resample_reference(
 ) -> Tensor:
     """The formula of `conv2d_resample`. Arguments are taken to be right. fir: what filters."""
     f = resample_filter
-    left, right, top, bottom = four(padding)
-    if up > 1 or down > 1:
-        left, right, top, bottom = same_size((left, right, top, bottom), filter_size(f), (up, up), (down, down))
     if up > 1:
-        # A transposed convolution is the convolution of the map with zeros in between, with all the border there is:
-        # width - 1 pixels before, width - up after. The filter's padding makes up the difference.
-        height, width = weight.shape[2:]
-        y = functional.conv_transpose2d(x, _transposed(weight, groups), stride=up, groups=groups)
-        sides = (left - width + 1, right - width + up, top - height + 1, bottom - height + up)
+        y, sides = transposed_convolution(x, weight, f, up, down, padding, groups)
         y = fir(y, f, 1, 1, sides, flip_filter, float(up * up))
         return fir(y, f, 1, down, 0, flip_filter, 1.0) if down > 1 else y
+    left, right, top, bottom = four(padding)
+    if down > 1:
+        left, right, top, bottom = same_size((left, right, top, bottom), filter_size(f), (1, 1), (down, down))
     if down > 1:
         x = fir(x, f, 1, 1, (left, right, top, bottom), flip_filter, 1.0)
         return functional.conv2d(x, weight, stride=down, groups=groups)
     if left == right and top == bottom and left >= 0 and top >= 0:
         return functional.conv2d(x, weight, padding=(top, left), groups=groups)
     return functional.conv2d(functional.pad(x, (left, right, top, bottom)), weight, groups=groups)
+
+
+def transposed_convolution(
+    x: Tensor, weight: Tensor, f: Tensor | None, up: int, down: int, padding: Pair, groups: int = 1
+) -> tuple[Tensor, tuple[int, int, int, int]]:
+    """What `conv2d_resample` filters where up > 1, and the padding of that filter (gain up^2)."""
+    left, right, top, bottom = same_size(four(padding), filter_size(f), (up, up), (down, down))
+    # A transposed convolution is the convolution of the map with zeros in between, with all the border there is:
+    # width - 1 pixels before, width - up after. The filter's padding makes up the difference.
+    height, width = weight.shape[2:]
+    y = functional.conv_transpose2d(x, _transposed(weight, groups), stride=up, groups=groups)
+    return y, (left - width + 1, right - width + up, top - height + 1, bottom - height + up)
 
 
 def _transposed(weight: Tensor, groups: int) -> Tensor:

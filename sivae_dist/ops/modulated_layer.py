@@ -1,7 +1,7 @@
 """A whole layer of a modulated network: convolution, demodulation, noise, bias, LeakyReLU, in as few passes as can be.
 
-The convolution is the library's. What comes after it is one pass over the map, which can also write the map scaled for
-the layer that follows, so that this one need not read it once more.
+The convolution is the library's. What comes after it, with the filter of a transposed one, is one pass over the map,
+which can also write the map scaled for the layer that follows, so that this one need not read it once more.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from sivae_dist.ops import kernels
-from sivae_dist.ops._arguments import wide
+from sivae_dist.ops._arguments import filter_size, wide
 from sivae_dist.ops._fused_modulated import fused_epilogue
+from sivae_dist.ops._fused_modulated_fir import fused_fir_epilogue, serves_filter
 from sivae_dist.ops.bias_act import bias_act_reference
-from sivae_dist.ops.conv2d_resample import check_convolution, conv2d_resample_reference
+from sivae_dist.ops.conv2d_resample import check_convolution, conv2d_resample_reference, transposed_convolution
 from sivae_dist.ops.modulated_conv2d import factors, scale_and_add, scale_channels
 from sivae_dist.ops.upfirdn2d import upfirdn2d
 
@@ -57,15 +58,32 @@ def modulated_layer(
     if (noise is None) != (noise_strength is None):
         raise ValueError("noise and noise_strength come together: one of them is None")
     w, s, scale = factors(weight, styles, wide(x[:0]).dtype, demodulate=True)
-    y = conv2d_resample_reference(
-        x if scaled else scale_channels(x, s), w.to(x.dtype), resample_filter, up, 1, padding, fir=upfirdn2d
-    )
-    if noise is not None and (noise.shape[1:] != (1, *y.shape[2:]) or noise.shape[0] not in (1, len(y))):
-        raise ValueError(f"noise has shape {tuple(noise.shape)}, expected ({len(y)} or 1, 1, *{tuple(y.shape[2:])})")
+    x, w = x if scaled else scale_channels(x, s), w.to(x.dtype)
     following = None if next_styles is None else following_factor(next_styles)
+    sides = None
+    if up > 1:
+        y, sides = transposed_convolution(x, w, resample_filter, up, 1, padding)
+        size = _filtered_size(y, sides, filter_size(resample_filter))
+    else:
+        y = conv2d_resample_reference(x, w, None, 1, 1, padding)
+        size = (y.shape[2], y.shape[3])
+    if noise is not None and (noise.shape[1:] != (1, *size) or noise.shape[0] not in (1, len(y))):
+        raise ValueError(f"noise has shape {tuple(noise.shape)}, expected ({len(y)} or 1, 1, {size[0]}, {size[1]})")
+    if sides is not None:
+        gain = float(up * up)
+        if kernels.selected(y) and serves_filter(resample_filter, sides):
+            assert resample_filter is not None
+            how = (resample_filter, sides, False, gain)
+            return fused_fir_epilogue(y, *how, scale, noise, noise_strength, bias, following, ALPHA, GAIN, clamp, plain)
+        y = upfirdn2d(y, resample_filter, 1, 1, sides, gain=gain)
     if kernels.selected(y):
         return fused_epilogue(y, scale, noise, noise_strength, bias, following, ALPHA, GAIN, clamp, plain)
     return epilogue_reference(y, scale, noise, noise_strength, bias, following, clamp, plain=plain)
+
+
+def _filtered_size(y: Tensor, sides: tuple[int, int, int, int], taps: tuple[int, int]) -> tuple[int, int]:
+    """(height, width) of y filtered with this padding. taps: (width, height)."""
+    return y.shape[2] + sides[2] + sides[3] - taps[1] + 1, y.shape[3] + sides[0] + sides[1] - taps[0] + 1
 
 
 def following_factor(styles: Tensor) -> Tensor:

@@ -11,14 +11,15 @@ from typing import Any
 import pytest
 import torch
 from lanes import DTYPES, LAYOUTS, close, drawn
-from modulated_cases import FORMS
+from modulated_cases import FIR_SHAPES, FIRS, FORMS
 from modulated_cases import SHAPES as EPILOGUE_SHAPES
 from modulated_cases import compare as compare_epilogue
+from modulated_cases import fitting as fits_filter
 from norm_cases import KINDS, compare, fitting
 from norm_cases import SHAPES as MAPS
 from torch import Tensor
 
-from sivae_dist.ops import _fused_norm_act, _library, kernels
+from sivae_dist.ops import _arguments, _fused_norm_act, _library, kernels
 from sivae_dist.ops.adain_act import adain_act_reference
 
 pytestmark = pytest.mark.slow  # building takes most of a minute
@@ -101,31 +102,26 @@ def test_norm_act(ops: Any, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype,
             compare(_fused_norm_act.fused_norm_act, x, kind, where, resample, layout)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=["nchw", "last"])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_modulated_epilogue(ops: Any, dtype: torch.dtype, layout: Any) -> None:
+def epilogue(ops: Any, name: str, *before: Any) -> Any:
+    """The operator of that name with its backward one, called as `fused_epilogue`. before: arguments after x."""
+
     class Emulated(torch.autograd.Function):
         """What registration does for the real operator."""
 
         @staticmethod
-        def forward(ctx: Any, *arguments: Any) -> Any:
-            ctx.arguments = arguments
-            return ops.modulated_epilogue(*arguments)
+        def forward(ctx: Any, x: Tensor, *arguments: Any) -> Any:
+            ctx.given, ctx.sides, ctx.layout = (x, *before, *arguments[:-1]), arguments[:5], _arguments.layout(x)
+            return getattr(ops, name)(x, *before, *arguments)
 
         @staticmethod
         def backward(ctx: Any, *gradients: Tensor) -> Any:
-            there = [g.contiguous(memory_format=layout) if g.numel() else None for g in gradients]
-            dx, dscale, dbias, dstrength, dnext = ops.modulated_epilogue_backward(*there, *ctx.arguments[:-1])
-            noise, strength, bias, following = ctx.arguments[2:6]
-            found = (
-                dx,
-                dscale,
-                None if noise is None else torch.zeros_like(noise),
-                None if strength is None else dstrength,
-                None if bias is None else dbias,
-                None if following is None else dnext,
-            )
-            return *found, None, None, None, None
+            there = [g.contiguous(memory_format=ctx.layout) if g.numel() else None for g in gradients]
+            dx, *sums = getattr(ops, f"{name}_backward")(*there, *ctx.given)
+            dscale, dbias, dstrength, dnext = sums
+            noise = None if ctx.sides[1] is None else torch.zeros_like(ctx.sides[1])
+            found = (dscale, noise, dstrength, dbias, dnext)
+            kept = (None if side is None else g for g, side in zip(found, ctx.sides, strict=True))
+            return dx, *kept, None, None, None, None
 
     def call(x: Tensor, scale: Tensor, noise: Any, strength: Any, bias: Any, following: Any, *rest: Any) -> Any:
         alpha, gain, clamp, plain = rest
@@ -133,6 +129,39 @@ def test_modulated_epilogue(ops: Any, dtype: torch.dtype, layout: Any) -> None:
         y, scaled = Emulated.apply(x, scale, noise, strength, bias, following, alpha, gain, bound, plain)
         return y if plain else None, None if following is None else scaled
 
+    return call
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=["nchw", "last"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_modulated_epilogue(ops: Any, dtype: torch.dtype, layout: Any) -> None:
+    call = epilogue(ops, "modulated_epilogue")
     for shape, form in itertools.product(EPILOGUE_SHAPES, FORMS):
         x = drawn(*shape).to(dtype).contiguous(memory_format=layout)
         compare_epilogue(call, x, form, layout, noise_too=False)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=["nchw", "last"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_modulated_fir_epilogue(ops: Any, dtype: torch.dtype, layout: Any) -> None:
+    """Whole and broken packs, several strips and bands of a map, fewer channels than lanes and more."""
+    for number, (shape, fir) in enumerate(itertools.product(FIR_SHAPES, FIRS)):
+        f, pads, flip, gain = fir
+        if fits_filter(shape, pads):
+            x = drawn(*shape).to(dtype).contiguous(memory_format=layout)
+            taps = f.to(torch.float64 if dtype == torch.float64 else torch.float32)
+            taps = torch.outer(taps, taps) if taps.ndim == 1 else taps
+            call = epilogue(ops, "modulated_fir_epilogue", taps, *pads, flip, gain)
+            compare_epilogue(call, x, FORMS[number % len(FORMS)], layout, noise_too=False, fir=fir)
+
+
+def test_modulated_fir_epilogue_repeats(ops: Any) -> None:
+    f, pads, flip, gain = FIRS[0]
+    for layout in LAYOUTS:
+        x = drawn(2, 9, 35, 70).float().contiguous(memory_format=layout)
+        sides = (drawn(2, 9).float(), None, None, drawn(9).float(), None)
+        given = (x, f, *pads, flip, gain, *sides, 0.2, 1.4, -1.0)
+        y = ops.modulated_fir_epilogue(*given, True)[0]
+        assert torch.equal(y, ops.modulated_fir_epilogue(*given, True)[0])
+        one, two = (ops.modulated_fir_epilogue_backward(y, None, *given) for _ in range(2))
+        assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
