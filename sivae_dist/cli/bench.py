@@ -15,6 +15,7 @@ def kernels(
     device: Literal["auto", "cpu", "cuda"] = "auto",
     precision: Literal["fp32", "bf16", "fp16"] = "fp32",
     channels_last: bool = False,
+    px: tuple[Literal[256, 1024], ...] = (),
     batch: int | None = None,
     only: str = "",
     compile: bool = True,
@@ -27,6 +28,7 @@ def kernels(
         device: auto is cuda if there is a device, else cpu.
         precision: Number format of the maps.
         channels_last: Channels innermost in memory.
+        px: Resolutions of the recipes whose shapes to take; by default both on a GPU, 256 on a CPU.
         batch: Images, instead of what fits the resolution and the device.
         only: Cases whose operator and name contain this text.
         compile: Also time torch.compile of plain PyTorch (takes a while to compile).
@@ -41,7 +43,8 @@ def kernels(
         raise UserError("--device cuda, but torch sees no CUDA device", "give --device cpu")
     where = torch.device("cuda" if device == "cuda" or (device == "auto" and torch.cuda.is_available()) else "cpu")
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-    ceiling, results = app.run(app.Setting(where, dtype, channels_last, batch, compile), only, seconds)
+    sizes: tuple[int, ...] = px or (tuple(app.RESOLUTIONS) if where.type == "cuda" else (256,))
+    ceiling, results = app.run(app.Setting(where, dtype, channels_last, batch, compile, sizes), only, seconds)
     rows = [result.row(ceiling) for result in results]
     name = torch.cuda.get_device_name(where) if where.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     layout = "channels_last" if channels_last else "contiguous"
@@ -57,12 +60,13 @@ def kernels(
         return
     print(f"{name}, torch {torch.__version__}, {precision}, {layout}")
     print(f"copy {ceiling.copy / 1e9:.1f} GB/s, matrix product {ceiling.matrix / 1e12:.2f} TFLOP/s, medians in ms")
-    others = "  ".join(f"{f'x {name}':>10}" for name in ("eager", "compile"))
+    names = [name for name in ("two passes", "eager", "compile") if any(name in r.case.calls for r in results)]
+    others = "  ".join(f"{f'x {name}':>12}" for name in names)
     print(f"{'case':<58}{'kernel':>10}{'of copy':>9}{'of matrix':>11}  {others}")
     for row, result in zip(rows, results, strict=True):
         speedup = "  ".join(
-            f"{result.seconds[k] / result.seconds['kernel']:>10.2f}" if k in result.seconds else f"{'-':>10}"
-            for k in ("eager", "compile")
+            f"{result.seconds[k] / result.seconds['kernel']:>12.2f}" if k in result.seconds else f"{'-':>12}"
+            for k in names
         )
         print(
             f"{result.case.operator + ' ' + result.case.name:<58}{result.seconds['kernel'] * 1e3:>10.3f}"

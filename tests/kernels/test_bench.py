@@ -42,12 +42,36 @@ def test_command(few: None, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_all_cases_call_their_implementations_with_one_result(few: None) -> None:
-    setting = bench.Setting(CPU, torch.float32, True, 1, False)
+    setting = bench.Setting(CPU, torch.float32, True, 1, False, (256,))
     with kernels.using("cpu"):
+        assert kernels.serves("cpu")
         for case in bench.cases(setting):
-            if "1024" not in case.name:
-                inputs = case.inputs()
-                torch.testing.assert_close(*(call(*inputs) for call in case.calls.values()), rtol=1e-4, atol=1e-4)
+            inputs = case.inputs()
+            ours, *others = (call(*inputs) for call in case.calls.values())
+            for other in others:
+                torch.testing.assert_close(ours, other, rtol=1e-4, atol=1e-4)
+
+
+def test_resolutions_are_those_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """256 px on a CPU, unless asked otherwise; labels and batches are of the resolution."""
+    taken: list[tuple[int, ...]] = []
+
+    def keep(setting: bench.Setting, only: str, seconds: float) -> tuple[core.Ceiling, list[core.Result]]:
+        taken.append(setting.px)
+        assert [setting.images(px) for px in (256, 1024)] == [4, 1]
+        return core.Ceiling(1.0, 1.0), []
+
+    monkeypatch.setattr(bench, "run", keep)
+    for asked in ([], ["--px", "256", "1024"], ["--px", "1024"]):
+        main(["bench", "kernels", "--device", "cpu", "--json", *asked])
+    assert taken == [(256,), (256, 1024), (1024,)]
+
+
+def test_filter_and_epilogue_are_compared_with_two_passes(few: None, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--device", "cpu", "--no-compile", "--batch", "1", "--seconds", "0.01", "--only", "modulated_fir"]
+    main(["bench", "kernels", *options])
+    told = capsys.readouterr().out
+    assert "x two passes" in told and "modulated_fir 256 px" in told and "failed" not in told
 
 
 def test_what_fails_is_named_and_what_is_ours_is_not_excused() -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 Inputs = tuple[Any, ...]
 _BEYOND_CACHES = 256 << 20  # bytes of all inputs together; caches hold 30 to 130 MiB
-_MOST_SETS = 16
+_MOST_SETS = 128
 
 
 @dataclass(frozen=True)

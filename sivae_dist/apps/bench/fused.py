@@ -13,17 +13,22 @@ from torch import Tensor, nn
 
 from sivae_dist.apps.bench.core import Case
 from sivae_dist.apps.bench.setting import Setting, both
-from sivae_dist.ops import adain_act, modulated_layer, norm_act, setup_filter
+from sivae_dist.ops import adain_act, modulated_layer, norm_act, setup_filter, upfirdn2d
+from sivae_dist.ops._fused_modulated import fused_epilogue
+from sivae_dist.ops._fused_modulated_fir import fused_fir_epilogue
 from sivae_dist.ops.adain_act import adain_act_reference
 from sivae_dist.ops.bias_act import bias_act_reference
 from sivae_dist.ops.modulated_conv2d import modulated_conv2d_reference
+from sivae_dist.ops.modulated_layer import ALPHA, GAIN, epilogue_reference
 from sivae_dist.ops.norm_act import Resample, norm_act_reference
+from sivae_dist.ops.upfirdn2d import upfirdn2d_reference
 
 
 def cases(s: Setting, resolution: int, channels: int) -> Iterator[Case]:
     """All of this file."""
     yield from _adain_act(s, resolution, channels)
     yield from _norm_act(s, resolution, channels)
+    yield from _modulated_fir(s, resolution, channels)
     yield from _modulated_layer(s, resolution, channels)
 
 
@@ -66,6 +71,39 @@ def _norm_act(s: Setting, resolution: int, channels: int) -> Iterator[Case]:
         forward, backward = (int((n + part) * size * s.dtype.itemsize) for n in (2, 4))
         label = f"{resolution} px batch norm, skip, {resample} {batch}x{channels}x{resolution}x{resolution}"
         yield from both(s, "norm_act", label, [shape, shape], ours, plain, forward, 10 * size, forward + backward)
+
+
+def _modulated_fir(s: Setting, resolution: int, channels: int) -> Iterator[Case]:
+    """What follows a transposed convolution: filter and epilogue in one pass, and in one pass each."""
+    batch = s.images(resolution)
+    taps, sides = setup_filter([1, 3, 3, 1]).to(s.device), (1, 1, 1, 1)
+    noise = torch.randn(batch, 1, resolution, resolution, device=s.device)
+    scale, bias = _learnt(s, batch, channels), _learnt(s, channels)
+    beside = (scale, noise, torch.tensor(0.3, device=s.device, requires_grad=True), bias, None)
+    numbers = (ALPHA, GAIN, 256.0, True)
+    shape = torch.Size((batch, channels, resolution + 1, resolution + 1))
+
+    def ours(x: Tensor) -> Tensor:
+        return _first(fused_fir_epilogue(x, taps, sides, False, 4.0, *beside, *numbers))
+
+    def apart(x: Tensor) -> Tensor:
+        return _first(fused_epilogue(upfirdn2d(x, taps, 1, 1, sides, gain=4.0), *beside, *numbers))
+
+    def plain(x: Tensor) -> Tensor:
+        u = upfirdn2d_reference(x, taps, 1, 1, sides, gain=4.0)
+        return _first(epilogue_reference(u, *beside, 256.0, plain=True))
+
+    size = batch * channels * resolution**2
+    maps = (size + shape.numel()) * s.dtype.itemsize + noise.nbytes
+    label = f"{resolution} px filter, noise {batch}x{channels}x{resolution + 1}x{resolution + 1}"
+    backward = maps + shape.numel() * s.dtype.itemsize  # reads the map and a gradient, writes one
+    others = {"two passes": apart}
+    yield from both(s, "modulated_fir", label, [shape], ours, plain, maps, 22 * size, maps + backward, others)
+
+
+def _first(results: tuple[Tensor | None, Tensor | None]) -> Tensor:
+    assert results[0] is not None
+    return results[0]
 
 
 def _modulated_layer(s: Setting, resolution: int, channels: int) -> Iterator[Case]:

@@ -13,18 +13,19 @@ from torch import Tensor
 
 from sivae_dist.apps.bench import fused
 from sivae_dist.apps.bench.core import Case, Ceiling, Result, ceiling, measure
-from sivae_dist.apps.bench.setting import Setting, both
+from sivae_dist.apps.bench.setting import RESOLUTIONS, Setting, both
 from sivae_dist.errors import UserError
 from sivae_dist.ops import bias_act, kernels, setup_filter, upfirdn2d
 from sivae_dist.ops.bias_act import bias_act_reference
 from sivae_dist.ops.upfirdn2d import upfirdn2d_reference
 
-__all__ = ["Setting", "cases", "run"]
+__all__ = ["RESOLUTIONS", "Setting", "cases", "run"]
 
 
 def cases(setting: Setting) -> Iterator[Case]:
     """All cases. An operator adds its own generator here."""
-    for resolution, channels in ((256, 64), (1024, 32)):
+    for resolution in setting.px:
+        channels = RESOLUTIONS[resolution]
         yield from _upfirdn2d(setting, resolution, channels)
         yield from _bias_act(setting, resolution, channels)
         yield from fused.cases(setting, resolution, channels)

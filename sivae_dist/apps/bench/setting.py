@@ -11,6 +11,7 @@ from torch import Tensor
 from sivae_dist.apps.bench.core import Case
 
 Call = Callable[..., Tensor]
+RESOLUTIONS = {256: 64, 1024: 32}  # channels of the recipes' largest maps
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,8 @@ class Setting:
     batch: int | None
     """Images; None: 4 of 256 px or 1 of 1024 px on a CPU, 32 or 4 (the recipes' micro-batches) elsewhere."""
     compiled: bool
+    px: tuple[int, ...] = (256, 1024)
+    """Of `RESOLUTIONS`, those whose shapes are measured."""
 
     def images(self, resolution: int) -> int:
         """The batch at this resolution."""
@@ -45,9 +48,10 @@ def both(
     forward_bytes: int,
     flops: int,
     both_bytes: int,
+    others: dict[str, Call] | None = None,
 ) -> Iterator[Case]:
-    """The forward pass alone, then forward and backward."""
-    calls = {"kernel": ours, "eager": plain}
+    """The forward pass alone, then forward and backward. others: what else to compare with, by name."""
+    calls = {"kernel": ours, **(others or {}), "eager": plain}
     if s.compiled:
         calls["compile"] = torch.compile(plain)
 
