@@ -24,6 +24,7 @@ def examine(data: str | None, out: Path, accelerate_file: Path | None) -> list[C
         ("python", software.python),
         ("packages", software.packages),
         ("gpu", devices.gpus),
+        ("gpu decode", devices.gpu_decode),
         ("c++ compiler", software.compilers),
         ("kernels", kernels.kernels),
         ("extension locks", software.extension_locks),

@@ -31,9 +31,8 @@ class DevicePrefetcher(Iterator[HostBatch]):
         if not self.early or self._ready is not None:
             return
         try:
-            batch = next(self._batches)
             with torch.cuda.stream(self._side):  # without one, this is no stream's business
-                self._ready = batch.on(self._device)
+                self._ready = next(self._batches).on(self._device)  # data.decode gpu decodes in `next`
         except Exception as error:
             self._ready = error
 

@@ -17,6 +17,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from sivae_dist.counters import hash64, key
+from sivae_dist.data.decode import open_image
 from sivae_dist.errors import UserError
 
 DecoderName = Literal["auto", "pillow", "simplejpeg"]
@@ -82,6 +83,17 @@ def decode_into(data: bytes, out: Pixels, reduce: int = 1) -> bool:
     except (ValueError, RuntimeError):  # what it raises is not documented further
         return False
     return True
+
+
+def announces(data: bytes, side: int, channels: int) -> bool:
+    """Whether a JPEG's header promises side x side pixels, of colours or of grey as there are channels."""
+    try:
+        if unusable() is None:
+            return bool(_library().decode_jpeg_header(data)[:3] == (side, side, _SPACES[channels][1]))
+        with open_image(data, formats=("JPEG",)) as image:
+            return image.size == (side, side) and image.mode == {1: "L", 3: "RGB"}[channels]
+    except (UserError, OSError, SyntaxError, ValueError, RuntimeError):
+        return False
 
 
 @functools.cache

@@ -9,18 +9,19 @@ import typing
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch.utils.data import DataLoader
 
-from sivae_dist.data import jpeg
+from sivae_dist.data import device_decode, jpeg
 from sivae_dist.data.augment import Augmentation, Fill
 from sivae_dist.data.base import DataConfig, HostBatch
+from sivae_dist.data.device_decode import DeviceDecoding
 from sivae_dist.data.faults import Fault
 from sivae_dist.data.jpeg import DecoderName
 from sivae_dist.data.parts import Parts, in_shard_order, listed, planned
-from sivae_dist.data.pictures import Decoded, Failure, InSlot, Pictures, Settings
+from sivae_dist.data.pictures import Decoded, Failure, InSlot, Pictures, Settings, Unopened
 from sivae_dist.data.plan import Plan
 from sivae_dist.data.procs import die_with_parent
 from sivae_dist.data.pyramid import levels_of, no_such_level, remote_level
@@ -60,6 +61,9 @@ class ShardsConfig(DataConfig):
     decoder: DecoderName = "auto"
     """What decodes JPEGs: pillow, or simplejpeg, which is faster and an extra package (jpeg). Their pixels are the same
     bit for bit, which is checked at the start; auto takes simplejpeg where it is installed and passes the check."""
+    decode: Literal["cpu", "gpu"] = "cpu"
+    """Where JPEGs for training are decoded. gpu: by nvJPEG on the device that trains (extra nvjpeg); other pixels than
+    the CPU's by a few of 255. Held-out pictures are always decoded on the CPU."""
     reduce: int = 1
     """Decode pictures 2, 4 or 8 times smaller a side than they are packed. JPEGs are reduced while they are decoded,
     which takes less time; not the Lanczos of a pyramid, see docs/data.md."""
@@ -134,7 +138,7 @@ def _start_worker(_: int) -> None:
     die_with_parent()
 
 
-def _in_this_process(pictures: Pictures, parts: Parts) -> Iterator[Decoded | Failure]:
+def _in_this_process(pictures: Pictures, parts: Parts) -> Iterator[Decoded | Unopened | Failure]:
     """As a DataLoader without workers, with less to do for each batch."""
     pinned = torch.cuda.is_available()
     for reads in parts:
@@ -150,9 +154,16 @@ class _Batches(Iterator[HostBatch]):
     `close` ends the workers.
     """
 
-    def __init__(self, pictures: Pictures, parts: Parts, config: ShardsConfig, workers: int) -> None:
-        self._pictures, self._parts, self._config = pictures, parts, config
-        self._iterator: Iterator[Decoded | InSlot | Failure] | None
+    def __init__(
+        self,
+        pictures: Pictures,
+        parts: Parts,
+        config: ShardsConfig,
+        workers: int,
+        opens: DeviceDecoding | None = None,
+    ) -> None:
+        self._pictures, self._parts, self._config, self._opens = pictures, parts, config, opens
+        self._iterator: Iterator[Decoded | InSlot | Unopened | Failure] | None
         if not workers:
             self._iterator = _in_this_process(pictures, parts)
             return
@@ -177,16 +188,22 @@ class _Batches(Iterator[HostBatch]):
         except (RuntimeError, ConnectionError, EOFError) as error:
             self.close()
             raise self._plain(error) from error
+        part = self._parts.waiting.popleft()
+        if isinstance(found, Unopened):
+            assert self._opens is not None
+            found = self._opens(found, part.reads)
         if isinstance(found, Failure):
             self.close()
             raise UserError(found.what, found.fix)
-        done, part = found.unpack() if isinstance(found, InSlot) else found, self._parts.waiting.popleft()
+        done = found.unpack() if isinstance(found, InSlot) else found
         batch = HostBatch(done.pixels.permute(0, 3, 1, 2), part.position, done.label, part.augment, done.report)
         return _without_faults(batch) if self._pictures.settings.held_out and done.report else batch
 
     def close(self) -> None:
         self._iterator = None  # the DataLoader's iterator ends its workers when it is dropped
         self._pictures.close()
+        if self._opens is not None:
+            self._opens.close()
 
     def _plain(self, error: Exception) -> Exception:
         text = str(error)
@@ -231,6 +248,9 @@ class ShardStream:
         augmentation = Augmentation(seed, config.mirror, config.shift_px, config.shift_fill, config.hue)
         augmentation.check(m.channels, side)
         self.decoder = jpeg.choose(config.decoder, m.image_format)
+        self._decode = (
+            device_decode.choose(m.image_format, m.channels, config.reduce) if config.decode == "gpu" else None
+        )
         turbo, tolerance = self.decoder == "simplejpeg", Tolerance(config.on_error, seed, salt)
         self._augmentation, access, reduce = augmentation, config.access(), config.reduce
         self._train = Settings(config.url, access, m, shards, False, turbo, tolerance, reduce)
@@ -250,8 +270,10 @@ class ShardStream:
         runs = planned(self.plan, start, size, self.rank, self.ranks)
         parts = Parts(runs, self.plan.locate, self._augmentation, pinned=torch.cuda.is_available())
         watch = Watch(self.config.workers)
-        pictures = Pictures(self._train, self._slots(start, size if isinstance(size, int) else size(start)), watch)
-        return self._start(_Batches(pictures, parts, self.config, self.config.workers))
+        settings = replace(self._train, unopened=self._decode is not None)
+        pictures = Pictures(settings, self._slots(start, size if isinstance(size, int) else size(start)), watch)
+        opens = None if self._decode is None else DeviceDecoding(self._decode, Pictures(self._train))
+        return self._start(_Batches(pictures, parts, self.config, self.config.workers, opens))
 
     def _slots(self, start: int, size: int) -> Slots:
         """Memory for this rank's part of batches of `size` and a little more, as parts differ in size."""
@@ -260,7 +282,10 @@ class ShardStream:
         count = max(parts) + (self.ranks > 1)
         # All that a worker may prepare, the batch in hand and the one before it.
         each = self.config.prefetch + 2 if workers else 2
-        return Slots(max(1, workers), each, count * self._train.sample_bytes(), shared=workers > 0)
+        one = self._train.sample_bytes()
+        if self._decode is not None:  # tars, with some room as pictures differ; what does not fit goes the plain way
+            one = 2 * sum(s.bytes for s in self._train.shards) // self.epoch_size
+        return Slots(max(1, workers), each, count * one, shared=workers > 0)
 
     def _tell_of_small_cache(self, total: int) -> None:
         """Warns where blocks would be driven out of the cache before they are used up, and fetched again and again."""
@@ -334,6 +359,8 @@ def _check(config: ShardsConfig, rank: int, ranks: int) -> None:
     if ranks > config.lanes:
         what = f"data.lanes is {config.lanes}, fewer than the {ranks} ranks: some would get no data"
         raise UserError(what, f"start the run with data.lanes of {ranks} or a multiple")
+    if config.decode not in ("cpu", "gpu"):
+        raise UserError(f"data.decode is {config.decode!r:.40}, expected cpu or gpu", "correct data.decode")
     if config.on_error not in typing.get_args(OnError):
         expected = ", ".join(typing.get_args(OnError))
         raise UserError(

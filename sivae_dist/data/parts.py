@@ -47,6 +47,7 @@ class Part:
 
     position: Tensor
     augment: Drawn | None
+    reads: Reads
 
 
 class Parts(Iterable[Reads]):
@@ -84,7 +85,7 @@ class Parts(Iterable[Reads]):
             for begin, end in itertools.pairwise([0, *ends.tolist()]):
                 here = slice(begin, end)
                 reads = Reads(*(column[here] for column in columns))
-                made.append((reads, Part(position[here], None if drawn is None else drawn.part(here))))
+                made.append((reads, Part(position[here], None if drawn is None else drawn.part(here), reads)))
             for reads, part in made:
                 self.waiting.append(part)
                 yield reads

@@ -18,7 +18,8 @@ from sivae_dist.models import Autoencoder
 # A resumed run must agree with its checkpoint in these: they fix what the weights mean and which sample comes when.
 NEEDED = ("plan_salt", "sums", "data", "config")
 _PICTURES = tuple(
-    f"data.{name}" for name in ("split", "lanes", "window", "reduce", "mirror", "shift_px", "shift_fill", "hue")
+    f"data.{name}"
+    for name in ("split", "lanes", "window", "reduce", "decode", "mirror", "shift_px", "shift_fill", "hue")
 )
 FIXED = ("model", "progressive", "train.seed", *_PICTURES)
 

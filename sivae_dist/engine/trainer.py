@@ -267,6 +267,7 @@ class Trainer:
                 "strategy": self.strategy.name,
                 "kernels": self.kernels,
                 "decoder": getattr(self.stream, "decoder", None),
+                "decode": getattr(self.config.data, "decode", None),
             }
             facts |= {"code": agreement.code_hash(), "versions": agreement.versions()}
             write_json(self.folder.manifest, {**environment(), **facts})

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 import shutil
 import time
 import traceback
-import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
-from drawn import edit_manifest
+from drawn import rows, spoil
 from web import How, serving
 
 from sivae_dist.data.again import BadShards
@@ -53,34 +50,6 @@ def served(url, *, start=0, count=36, ranks=1, **config):
                 faults[fault.position] = fault
         source.close()
     return dict(sorted(found.items())), dict(sorted(faults.items()))
-
-
-def rows(folder, shard):
-    return [json.loads(line) for line in (folder / f"{shard}.index").read_text().splitlines()[1:]]
-
-
-def spoil(folder, shard, number, data=None):
-    """Other bytes in the place of a picture. With data: also the right checksums, as if it had been packed so."""
-    row = rows(folder, shard)[number]
-    path = folder / f"{shard}.tar"
-    tar = bytearray(path.read_bytes())
-    if data is None:
-        tar[row[1] + row[2] // 2] ^= 1
-        path.write_bytes(tar)
-        return
-    data = data.ljust(row[2], b"\0")[: row[2]]
-    tar[row[1] : row[1] + row[2]] = data
-    path.write_bytes(tar)
-    lines = (folder / f"{shard}.index").read_text().splitlines()
-    row[3] = zlib.crc32(data)
-    lines[number + 1] = json.dumps(row)
-    (folder / f"{shard}.index").write_text("".join(f"{line}\n" for line in lines))
-    digest = hashlib.sha256((folder / f"{shard}.index").read_bytes()).hexdigest()
-
-    def fit(manifest):
-        next(s for s in manifest["shards"] if s["name"] == shard)["index_sha256"] = digest
-
-    edit_manifest(folder, fit)
 
 
 DAMAGE = {

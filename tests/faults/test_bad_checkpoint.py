@@ -64,6 +64,7 @@ def test_newer_format(again) -> None:
         ("--model.norm", "group", "norm 'batch' (now 'group')"),
         ("--train.seed", 5, "train.seed 0 (now 5)"),
         ("--data.lanes", 4, "data.lanes 8 (now 4)"),
+        ("--data.decode", "gpu", "data.decode 'cpu' (now 'gpu')"),
     ],
 )
 def test_another_architecture_in_the_config(again, option: str, value: object, says: str) -> None:

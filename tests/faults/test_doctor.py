@@ -59,6 +59,7 @@ def test_a_sound_machine(run: Runner, packed: Path, tmp_path: Path) -> None:
         "ninja",
         "kernels, cpu",
         "gloo",
+        "gpu decode",
         "nccl",
         "deepspeed",
     }

@@ -27,7 +27,7 @@ import webdataset
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from sivae_dist.data import jpeg
+from sivae_dist.data import device_decode, jpeg
 from sivae_dist.data.decode import decode_into
 from sivae_dist.data.loader import ShardsConfig
 from sivae_dist.data.manifest import Manifest
@@ -42,6 +42,7 @@ from sivae_dist.errors import UserError
 _SHARDS = 8
 _IN_MEMORY = 128 << 20  # bytes of encoded pictures that bare decoding goes round and round
 BARE = "bare decode"
+_GPU = "sivae-dist, nvjpeg"
 
 
 @dataclass(frozen=True)
@@ -124,9 +125,10 @@ class Contender:
         self.name, self.batches, self.close = name, batches, close
 
 
-def ours(pictures: Pictures, workers: int, batch: int, decoder: jpeg.DecoderName) -> Contender:
-    """The loader with the defaults of its configuration."""
-    config = ShardsConfig(url=pictures.url, workers=workers, decoder=decoder)
+def ours(pictures: Pictures, workers: int, batch: int, decoder: jpeg.DecoderName, **settings: Any) -> Contender:
+    """The loader with the defaults of its configuration, and what is given."""
+    options: dict[str, Any] = {"url": pictures.url, "workers": workers, "decoder": decoder} | settings
+    config = ShardsConfig(**options)
     stream = config.build(seed=0, salt=0, rank=0, ranks=1)
     return Contender(f"sivae-dist, {stream.decoder}", lambda: stream.batches(0, batch), stream.close)
 
@@ -184,9 +186,12 @@ def run(
     makers: dict[str, Callable[[], Contender]] = {
         f"sivae-dist, {fast}": lambda: ours(pictures, workers, batch, fast),
         "sivae-dist, pillow": lambda: ours(pictures, workers, batch, "pillow"),
+        _GPU: lambda: ours(pictures, workers, batch, "auto", decode="gpu"),
         "webdataset": lambda: stock_webdataset(pictures, workers, batch),
         "folder of files": lambda: folder(pictures, workers, batch),
     }
+    if pictures.manifest.image_format != "jpg" or device_decode.unusable():
+        del makers[_GPU]
     found: dict[str, list[tuple[float, float]]] = {f"{BARE}, {fast}": [], f"{BARE}, pillow": []}
     found |= {name: [] for name in makers if not only or name in only}
     for _ in range(turns):

@@ -55,6 +55,19 @@ def gpus() -> list[Check]:
     return found
 
 
+def gpu_decode() -> list[Check]:
+    """Whether `data.decode gpu` can be had: two small JPEGs are decoded with it."""
+    import torch  # noqa: PLC0415
+
+    from sivae_dist.data import device_decode  # noqa: PLC0415
+
+    if not torch.cuda.is_available():
+        return [ok("gpu decode", "no CUDA device: JPEGs are decoded on the CPU")]
+    if missing := device_decode.unusable():
+        return [ok("gpu decode", f"data.decode gpu cannot be used ({missing}): JPEGs are decoded on the CPU")]
+    return [ok("gpu decode", "data.decode gpu can be used: nvJPEG decodes what Pillow does, but for rounding")]
+
+
 def groups() -> list[Check]:
     """A real gloo group of one process, NCCL's presence, and network interfaces named in the environment."""
     import torch  # noqa: PLC0415
