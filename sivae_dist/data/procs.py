@@ -1,4 +1,8 @@
-"""Running one function over many tasks in worker processes that neither outlive nor hang their parent."""
+"""Running one function over many tasks in worker processes that neither outlive nor hang their parent.
+
+Each worker has a pipe of its own, and nothing is shared that a killed process could leave locked or half written: a
+pool with common queues (concurrent.futures) waits for ever when a worker is killed while it hands a result over.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +11,11 @@ import multiprocessing
 import os
 import signal
 import threading
+import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkProcess
 from typing import Any, TypeVar
 
 from sivae_dist.errors import UserError
@@ -20,6 +26,8 @@ Tick = Callable[[], object]
 
 _TICK_S = 0.3
 _WATCH_S = 0.5
+_END_S = 30.0  # for workers to end what they do when they are asked to stop
+_KILL_S = 5.0
 
 
 class StoppedError(Exception):
@@ -53,23 +61,94 @@ def die_with_parent() -> None:
     threading.Thread(target=watch, daemon=True, name="parent-watch").start()
 
 
-_in_worker: dict[str, Any] = {}
+class _Worker:
+    """A process that is sent the numbers of tasks, one at a time, and sends back (result, error) of each."""
+
+    def __init__(
+        self,
+        function: Callable[[Any, Tick], Any],
+        tasks: Sequence[Any],
+        progress: int,
+        stop: Any,
+        before: Sequence[_Worker],
+    ) -> None:
+        context = multiprocessing.get_context("fork")
+        self.pipe, other = context.Pipe()
+        parents = [worker.pipe for worker in (*before, self)]  # ends that only the parent may hold, or they never end
+        self.process: ForkProcess = context.Process(
+            target=_serve, args=(other, parents, function, tasks, progress, stop), daemon=True
+        )
+        self.process.start()
+        other.close()
+
+    def give(self, number: int | None) -> None:
+        """Sends the number of a task, None for the end of all. A worker that has died is noticed in `answer`."""
+        with contextlib.suppress(OSError):
+            self.pipe.send(number)
+
+    def answered(self) -> bool:
+        """Whether there is something to take, its death too, for which the pipe may not end if others hold it open."""
+        return self.pipe.poll() or not self.process.is_alive()
+
+    def take(self) -> tuple[Any, BaseException | None]:
+        """What it has sent. Raises EOFError or OSError when it died, be it in the middle of sending."""
+        if not self.pipe.poll():
+            raise EOFError
+        answer: tuple[Any, BaseException | None] = self.pipe.recv()
+        return answer
+
+    def end(self, until: float) -> None:
+        """Waits for its end, which is made to come at `until` (time.monotonic)."""
+        self.pipe.close()
+        self.process.join(max(0.0, until - time.monotonic()))
+        if self.process.is_alive():
+            self.process.kill()
+            self.process.join(_KILL_S)
+        with contextlib.suppress(ValueError):  # stuck in a read of a dead disk: left to the kernel
+            self.process.close()
 
 
-def _start_worker(function: Any, progress: int, stop: Any) -> None:
+def _serve(
+    pipe: Connection[Any, Any],
+    parents: Sequence[Connection[Any, Any]],
+    function: Callable[[Any, Tick], Any],
+    tasks: Sequence[Any],
+    progress: int,
+    stop: Any,
+) -> None:
+    """In a worker: its life."""
+    for end in parents:
+        end.close()
     die_with_parent()
-    _in_worker.update(function=function, progress=progress, stop=stop)
+
+    def tick() -> None:
+        if stop.value:
+            raise StoppedError
+        with contextlib.suppress(BlockingIOError):  # a full pipe only makes the progress bar late
+            os.write(progress, b".")
+
+    with contextlib.suppress(EOFError, OSError, StoppedError):  # the parent has gone, or wants no more
+        while (number := pipe.recv()) is not None:
+            result, problem = None, None
+            try:
+                result = function(tasks[number], tick)
+            except StoppedError:
+                raise
+            except BaseException as error:
+                problem = error
+            _send(pipe, result, problem)
 
 
-def _tick_in_worker() -> None:
-    if _in_worker["stop"].value:
-        raise StoppedError
-    with contextlib.suppress(BlockingIOError):  # a full pipe only makes the progress bar late
-        os.write(_in_worker["progress"], b".")
-
-
-def _call(task: Any) -> Any:
-    return _in_worker["function"](task, _tick_in_worker)
+def _send(pipe: Connection[Any, Any], result: Any, error: BaseException | None) -> None:
+    """Hands an answer over; of what cannot be pickled, the text."""
+    if error is not None and not isinstance(error, UserError):
+        error.add_note("in a worker process: " + "".join(traceback.format_exception(error)))
+    try:
+        pipe.send((result, error))
+    except OSError:
+        raise
+    except Exception as problem:
+        pipe.send((None, RuntimeError(f"{error or 'a result'} cannot be handed over: {problem}")))
 
 
 def run_tasks(
@@ -84,30 +163,42 @@ def run_tasks(
         for task in tasks:
             yield function(task, lambda: progress(1))
         return
-    context = multiprocessing.get_context("fork")
-    stop = context.RawValue("b", 0)
+    stop = multiprocessing.get_context("fork").RawValue("b", 0)
     # A pipe instead of a shared counter: a worker killed while it holds a counter's lock would block everyone.
     reading, writing = os.pipe()
     os.set_blocking(reading, False)
     os.set_blocking(writing, False)
-    pool = ProcessPoolExecutor(
-        min(workers, len(tasks)), mp_context=context, initializer=_start_worker, initargs=(function, writing, stop)
-    )
+    team: list[_Worker] = []
     try:
-        pending = {pool.submit(_call, task) for task in tasks}
-        while pending:
-            done, pending = wait(pending, timeout=_TICK_S, return_when=FIRST_COMPLETED)
+        for number in range(min(workers, len(tasks))):
+            team.append(_Worker(function, tasks, writing, stop, team))
+            team[-1].give(number)
+        following, busy = iter(range(len(team), len(tasks))), {worker.pipe: worker for worker in team}
+        while busy:
+            wait(list(busy), timeout=_TICK_S)
             _drain(reading, progress)
-            for future in done:
-                yield future.result()
-    except BrokenProcessPool:
-        raise UserError(
-            "a worker process was killed, probably because memory ran out",
-            "run the same command again with fewer --workers; finished work is kept",
-        ) from None
+            for worker in [worker for worker in busy.values() if worker.answered()]:
+                try:
+                    result, error = worker.take()
+                except (EOFError, OSError):
+                    raise UserError(
+                        "a worker process was killed, probably because memory ran out",
+                        "run the same command again with fewer --workers; finished work is kept",
+                    ) from None
+                if error is not None:
+                    raise error
+                more = next(following, None)
+                if more is None:
+                    del busy[worker.pipe]
+                worker.give(more)
+                yield result
     finally:
         stop.value = 1
-        pool.shutdown(wait=True, cancel_futures=True)
+        until = time.monotonic() + _END_S
+        for worker in team:
+            worker.give(None)
+        for worker in team:
+            worker.end(until)
         os.close(reading)
         os.close(writing)
 
