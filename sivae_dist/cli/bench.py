@@ -108,6 +108,7 @@ def data(
     grain: float = 1.5,
     seconds: float = 2.0,
     turns: int = 5,
+    served: bool = False,
     json: bool = False,
 ) -> None:
     """Time the data loader against bare decoding, the stock webdataset pipeline, and a folder of files.
@@ -120,13 +121,17 @@ def data(
         grain: Noise on drawn scenes, in grey levels; 1.5 makes JPEGs of about 200 kB at 1024 px, as photos have.
         seconds: Time of a turn.
         turns: Turns of each contender, of which the medians are told.
+        served: Also read the same shards from a web server on this machine: an epoch into an empty cache, from a full
+            cache, and without one.
         json: Print for programs.
     """
-    import tempfile  # noqa: PLC0415 (--help stays quick)
+    import contextlib  # noqa: PLC0415 (--help stays quick)
+    import tempfile  # noqa: PLC0415
     from dataclasses import asdict  # noqa: PLC0415
     from pathlib import Path  # noqa: PLC0415
 
     from sivae_dist.apps.bench import data as app  # noqa: PLC0415
+    from sivae_dist.apps.bench.served import serving  # noqa: PLC0415
 
     found = []
     if not json:
@@ -139,14 +144,15 @@ def data(
             pictures = app.laid_out(drawn, root / f"files-{resolution}")
             if not json:
                 print(f"{len(pictures.encoded)} pictures of {pictures.kilobytes:.1f} kB in batches of {size}")
-            for number in workers:
-                rows = app.run(pictures, number, batch=size, seconds=seconds, turns=turns)
-                found += [{**asdict(row), "kilobytes": pictures.kilobytes, "batch": size} for row in rows]
-                for row in () if json else rows:
-                    print(
-                        f"{row.name:<26}{row.resolution:>6}{row.workers:>9}{row.images_per_s:>10.1f}"
-                        f"{row.wall_of_bare:>9.1%}{row.cpu_ms:>9.3f}{row.of_bare:>9.1%}"
-                    )
+            with serving(drawn) if served else contextlib.nullcontext("") as address:
+                for number in workers:
+                    rows = app.run(pictures, number, batch=size, seconds=seconds, turns=turns, address=address)
+                    found += [{**asdict(row), "kilobytes": pictures.kilobytes, "batch": size} for row in rows]
+                    for row in () if json else rows:
+                        print(
+                            f"{row.name:<26}{row.resolution:>6}{row.workers:>9}{row.images_per_s:>10.1f}"
+                            f"{row.wall_of_bare:>9.1%}{row.cpu_ms:>9.3f}{row.of_bare:>9.1%}"
+                        )
     if json:
         print(jsonlib.dumps(found, indent=1))
 

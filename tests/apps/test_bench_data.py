@@ -13,7 +13,9 @@ import pytest
 import torch
 
 from sivae_dist.apps.bench import data as bench
+from sivae_dist.apps.bench.served import serving
 from sivae_dist.cli import main
+from sivae_dist.data.store import open_store
 from sivae_dist.errors import UserError
 
 
@@ -64,6 +66,27 @@ def test_the_time_of_processes_that_have_ended_counts() -> None:
     process.start()
     process.join()
     assert bench._cpu() - before >= 0.18  # the kernel counts in steps of 10 ms
+
+
+@pytest.mark.dist
+def test_shards_are_served_by_another_process(pictures: bench.Pictures, capsys: pytest.CaptureFixture[str]) -> None:
+    """Over HTTP come the same pictures, with an empty cache, a full one and none; an empty one is counted whole."""
+    with serving(pictures.url) as address:
+        caches: list[str] = []
+        expected = epoch(bench.ours(pictures, 0, 8, "pillow"), 8, 3)
+        for way in ("cold", "warm", "none"):
+            contender = bench._served(pictures, address, 0, 8, "auto", caches, way)
+            assert contender.first == (24 if way == "cold" else 0)
+            assert epoch(contender, 8, 3) == expected
+        assert len(caches) == 1
+        with pytest.raises(UserError, match="missing"):
+            open_store(address).whole("..%2fmanifest.json", 100)
+    common = ["--url", pictures.url, "--workers", "0", "--batch", "4", "--seconds", "0.01", "--turns", "1"]
+    main(["bench", "data", *common, "--served", "--json"])
+    rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
+    assert all(rows[f"http, {cache} cache"]["cpu_ms"] > 0 for cache in ("empty", "full", "no"))
+    with pytest.raises(UserError, match="--served serves a folder of this machine"), serving("https://elsewhere/data"):
+        pass
 
 
 def test_too_few_pictures_are_refused(pictures: bench.Pictures) -> None:

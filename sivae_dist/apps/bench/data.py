@@ -9,10 +9,12 @@ that others use too.
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import multiprocessing
 import os
 import statistics
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -121,8 +123,11 @@ def laid_out(url: str, folder: Path) -> Pictures:
 class Contender:
     """One way to get batches. `batches` is an endless iterator of anything with one image per entry of its length."""
 
-    def __init__(self, name: str, batches: Callable[[], Iterator[Any]], close: Callable[[], None]) -> None:
+    def __init__(
+        self, name: str, batches: Callable[[], Iterator[Any]], close: Callable[[], None], *, first: int = 0
+    ) -> None:
         self.name, self.batches, self.close = name, batches, close
+        self.first = first  # count these images from the very first on, instead of a turn's seconds after a start
 
 
 def ours(pictures: Pictures, workers: int, batch: int, decoder: jpeg.DecoderName, **settings: Any) -> Contender:
@@ -175,10 +180,30 @@ def folder(pictures: Pictures, workers: int, batch: int) -> Contender:
     return Contender("folder of files", lambda: itertools.chain.from_iterable(itertools.repeat(loader)), lambda: None)
 
 
+def _served(
+    pictures: Pictures, address: str, workers: int, batch: int, decoder: jpeg.DecoderName, caches: list[str], way: str
+) -> Contender:
+    """The loader over HTTP. way: cold (the first epoch, into an empty cache), warm (the last cold one's), none."""
+    if way == "cold":
+        caches.append(tempfile.mkdtemp(dir=pictures.folder.parent, prefix="cache-"))
+    settings = {"cache_gb": 0.0} if way == "none" else {"cache_dir": caches[-1]}
+    found = ours(pictures, workers, batch, decoder, url=address, **settings)
+    if way == "cold":
+        found.first = sum(s.count for s in pictures.manifest.of("train"))
+    return found
+
+
 def run(
-    pictures: Pictures, workers: int, *, batch: int, seconds: float, turns: int, only: tuple[str, ...] = ()
+    pictures: Pictures,
+    workers: int,
+    *,
+    batch: int,
+    seconds: float,
+    turns: int,
+    only: tuple[str, ...] = (),
+    address: str = "",
 ) -> list[Row]:
-    """Measures all at one number of workers, each for `turns` turns of `seconds`."""
+    """Measures all at one number of workers, each for `turns` turns of `seconds`. address: serves the same shards."""
     if len(pictures.encoded) < 2 * batch:
         what = f"{pictures.url} has {len(pictures.encoded)} pictures for batches of {batch}"
         raise UserError(what, "give data with more pictures, or a smaller --batch")
@@ -190,6 +215,10 @@ def run(
         "webdataset": lambda: stock_webdataset(pictures, workers, batch),
         "folder of files": lambda: folder(pictures, workers, batch),
     }
+    caches: list[str] = []
+    for way, name in {"cold": "http, empty cache", "warm": "http, full cache", "none": "http, no cache"}.items():
+        if address:
+            makers[name] = functools.partial(_served, pictures, address, workers, batch, fast, caches, way)
     if pictures.manifest.image_format != "jpg" or device_decode.unusable():
         del makers[_GPU]
     found: dict[str, list[tuple[float, float]]] = {f"{BARE}, {fast}": [], f"{BARE}, pillow": []}
@@ -219,12 +248,14 @@ def run(
 def _turn(contender: Contender, batch: int, workers: int, seconds: float) -> tuple[float, float]:
     """Images a second, CPU seconds an image."""
     with _quiet():
+        started = _cpu()
         batches = contender.batches()
         # Every worker makes a batch first, and as many again: what was prepared meanwhile does not count.
-        for _ in range(2 * max(1, workers) + 2):
+        for _ in range(0 if contender.first else 2 * max(1, workers) + 2):
             next(batches)
-        images, cpu, begin = 0, _cpu(), time.perf_counter()
-        while time.perf_counter() < begin + seconds or images < 2 * batch:
+        images, cpu, begin = 0, started if contender.first else _cpu(), time.perf_counter()
+        least, until = (contender.first, begin) if contender.first else (2 * batch, begin + seconds)
+        while images < least or time.perf_counter() < until:
             images += len(_pixels(next(batches)))
         wall, cpu = time.perf_counter() - begin, _cpu() - cpu
         del batches
