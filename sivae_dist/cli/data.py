@@ -13,7 +13,7 @@ from sivae_dist.data.manifest import Manifest
 from sivae_dist.data.pack import PackReport
 from sivae_dist.data.pack import pack as pack_source
 from sivae_dist.data.pack_shard import PackOptions
-from sivae_dist.data.pyramid import disagreements, levels_of
+from sivae_dist.data.pyramid import addresses_of, disagreements
 from sivae_dist.data.shard_read import load_manifest
 from sivae_dist.data.sources.base import Recipe, Source
 from sivae_dist.data.sources.listed import ListedSplit
@@ -135,14 +135,15 @@ def info(path: str, /) -> None:
     Args:
         path: The shard folder, or the folder of a pyramid.
     """
-    levels = levels_of(path)
+    levels = addresses_of(path)
     if levels:
-        manifests = [load_manifest(open_store(str(folder))) for folder in levels]
+        manifests = [load_manifest(open_store(folder)) for folder in levels]
         for folder, manifest in zip(levels, manifests, strict=True):
             splits = ", ".join(f"{n} {v['samples']}" for n, v in manifest.splits().items())
             size = sum(s.bytes for s in manifest.shards) / 1e9
             shards = f"{len(manifest.shards)} shards, {size:.3f} GB"
-            print(f"{_plain(folder.name):<8} {manifest.resolution}x{manifest.resolution}: {splits} in {shards}")
+            name = folder.partition("?")[0].rpartition("/")[2]
+            print(f"{_plain(name):<8} {manifest.resolution}x{manifest.resolution}: {splits} in {shards}")
         print("the largest:")
         _print_info(max(manifests, key=lambda m: m.resolution))
     else:
@@ -171,9 +172,9 @@ def verify(path: str, /, *, workers: int | None = None) -> None:
         path: The shard folder, or the folder of a pyramid.
         workers: Processes; by default one per core.
     """
-    levels = levels_of(path)
+    levels = addresses_of(path)
     for folder in levels or (path,):
-        report = verify_folder(str(folder), workers=workers)
+        report = verify_folder(folder, workers=workers)
         total = sum(s.count for s in report.manifest.shards)
         print(f"{folder}: {report.decoded} of {total} samples in {len(report.manifest.shards)} shards are good")
         if report.problems:

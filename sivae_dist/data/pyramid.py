@@ -28,37 +28,54 @@ def levels_of(folder: str | Path) -> tuple[Path, ...]:
     return tuple(sorted((p for p in numbered if (p / FILE_NAME).is_file()), key=lambda p: int(p.name)))
 
 
+def addresses_of(url: str) -> tuple[str, ...]:
+    """The levels of a pyramid here or elsewhere, the smallest resolution first; empty for what is no pyramid.
+
+    Servers do not list folders, so levels elsewhere are looked for by name: powers of two. Raises UserError.
+    """
+    if scheme_of(url) in ("", "file"):
+        return tuple(str(level) for level in levels_of(url))
+    access = Access(cache_gb=0)
+    if not _may_be_root(url) or not _missing(url, access):
+        return ()
+    return tuple(level for side in _USUAL_SIDES if not _missing(level := _level(url, side), access))
+
+
 def remote_level(url: str, side: int, access: Access, wants: str = "the model takes") -> str:
     """Where `url` is the root of a pyramid elsewhere, the address of its level of `side` pixels; else `url` as it is.
 
-    Servers do not list folders, so levels are looked for by name. Raises UserError when there are others but not this.
+    Raises UserError when there are other levels but not this.
     """
-    if scheme_of(url) not in ("http", "https", "s3", "gs") or url.partition("?")[0].endswith((".json", ".tar")):
+    if not _may_be_root(url) or not _missing(url, access):
         return url
-    if expand(url) != [url]:
-        return url
-    from sivae_dist.data.stores.remote import RemoteStore  # noqa: PLC0415 (local data need none of this)
-
-    def missing(address: str) -> bool:
-        store = open_store(address, access)
-        assert isinstance(store, RemoteStore)
-        try:
-            store.look(store.manifest_name)
-        except RefusedError:
-            return True
-        except DataError as error:
-            return error.reason == "missing"
-        finally:
-            store.close()
-        return False
-
-    if not missing(url):
-        return url
-    if not missing(wanted := _level(url, side)):
+    if not _missing(wanted := _level(url, side), access):
         return wanted
-    if there := [str(other) for other in _USUAL_SIDES if not missing(_level(url, other))]:
+    if there := [str(other) for other in _USUAL_SIDES if not _missing(_level(url, other), access)]:
         raise no_such_level(url, there, side, wants)
     return url
+
+
+def _may_be_root(url: str) -> bool:
+    """Whether an address may be that of a folder on a server: no file, no pattern, no command."""
+    names_file = url.partition("?")[0].endswith((".json", ".tar"))
+    return scheme_of(url) in ("http", "https", "s3", "gs") and not names_file and expand(url) == [url]
+
+
+def _missing(url: str, access: Access) -> bool:
+    """Whether there is no manifest at an address. Raises StorageError when the server does not say."""
+    from sivae_dist.data.stores.remote import RemoteStore  # noqa: PLC0415 (local data need none of this)
+
+    store = open_store(url, access)
+    assert isinstance(store, RemoteStore)
+    try:
+        store.look(store.manifest_name)
+    except RefusedError:
+        return True
+    except DataError as error:
+        return error.reason == "missing"
+    finally:
+        store.close()
+    return False
 
 
 def _level(url: str, side: int) -> str:
@@ -72,7 +89,7 @@ def no_such_level(url: str, there: Sequence[str], side: int, wants: str = "the m
     return UserError(what, "pack the data at that resolution too, or set model.image_size to one of these")
 
 
-def disagreements(levels: Sequence[Path]) -> list[str]:
+def disagreements(levels: Sequence[Path | str]) -> list[str]:
     """How the levels differ in shards or keys, one line each; empty when they agree. Raises UserError."""
     first, *others = [(level, load_manifest(open_store(str(level)))) for level in levels]
     problems = []

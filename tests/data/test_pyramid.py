@@ -13,13 +13,15 @@ from drawn import draw_folder, edit_manifest, files
 from web import How, serving
 
 import sivae_dist
+from sivae_dist.apps.checks import storage
+from sivae_dist.cli import main
 from sivae_dist.config import from_dict
 from sivae_dist.data import pack as pack_module
 from sivae_dist.data.loader import ShardsConfig
 from sivae_dist.data.manifest import FILE_NAME
 from sivae_dist.data.pack import pack
 from sivae_dist.data.pack_shard import PackOptions
-from sivae_dist.data.pyramid import disagreements, levels_of
+from sivae_dist.data.pyramid import addresses_of, disagreements, levels_of
 from sivae_dist.data.shard_read import ShardReader, load_index, load_manifest
 from sivae_dist.data.sources.folder import FolderSource
 from sivae_dist.data.store import FolderStore
@@ -274,6 +276,22 @@ def test_a_run_takes_its_resolution_from_a_server(pyramid, monkeypatch, refusal)
         web.how = lambda asked: How(500)
         with pytest.raises(UserError, match="the server answers 500"):
             ShardsConfig(url=web.url, retries=0).at((3, 16, 16))
+
+
+def test_commands_take_a_pyramid_on_a_server(pyramid, tmp_path, capsys):
+    shutil.copytree(pyramid / "out", tmp_path / "out")
+    with serving(tmp_path / "out") as web:
+        assert addresses_of(web.url) == tuple(f"{web.url}/{side}" for side in SIDES)
+        assert addresses_of(f"{web.url}/16") == addresses_of(f"{web.url}/elsewhere") == ()
+        main(["data", "info", web.url])
+        assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[:3]] == ["8", "16", "32"]
+        main(["data", "verify", web.url, "--workers", "1"])
+        assert capsys.readouterr().out.count("samples in") == 3
+        assert [check.status for check in storage.data(web.url)] == ["ok"] * 3
+        edit_manifest(tmp_path / "out" / "32", lambda raw: raw["shards"].pop())
+        with pytest.raises(SystemExit):
+            main(["data", "verify", web.url, "--workers", "1"])
+        assert f"{web.url}/32 has other shards than {web.url}/8" in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -74,13 +74,13 @@ def data(url: str) -> list[Check]:
 
     A folder with several resolutions is looked at resolution by resolution.
     """
-    from sivae_dist.data.pyramid import levels_of  # noqa: PLC0415
+    from sivae_dist.data.pyramid import addresses_of  # noqa: PLC0415
     from sivae_dist.data.shard_read import ShardReader, load_manifest  # noqa: PLC0415
     from sivae_dist.data.store import Access, open_store  # noqa: PLC0415
     from sivae_dist.errors import UserError  # noqa: PLC0415
 
-    if levels := levels_of(url):
-        return [check for level in levels for check in data(str(level))]
+    if levels := addresses_of(url):
+        return [check for level in levels for check in data(level)]
     store = open_store(url, Access(cache_gb=0))
     manifest = load_manifest(store)
     bad: list[UserError] = []
