@@ -18,7 +18,7 @@ from typing import Any, Literal
 import yaml
 
 from sivae_dist.data import DataConfig
-from sivae_dist.distributed.launch import DistributedConfig
+from sivae_dist.distributed.config import DistributedConfig
 from sivae_dist.engine.checkpoint_writer import CheckpointConfig
 from sivae_dist.engine.controller import ControllerConfig
 from sivae_dist.engine.ema import EmaConfig

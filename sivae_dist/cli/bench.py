@@ -264,9 +264,10 @@ def reduce(
     """
     from sivae_dist.apps.bench import reduce as app  # noqa: PLC0415 (--help stays quick)
     from sivae_dist.distributed import launch  # noqa: PLC0415
+    from sivae_dist.distributed.config import DistributedConfig  # noqa: PLC0415
     from sivae_dist.models.residual import ResidualConfig  # noqa: PLC0415
 
-    started = launch.start(launch.DistributedConfig())
+    started = launch.start(DistributedConfig())
     if started.group.ranks == 1:
         raise UserError("one process sums nothing", "start it with `accelerate launch`, see launch/accelerate")
     model = ResidualConfig(image_size=image_size, channels=channels, norm="group")

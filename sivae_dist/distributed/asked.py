@@ -6,12 +6,10 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
+from sivae_dist.distributed.config import DistributedConfig
 from sivae_dist.errors import UserError
-
-if TYPE_CHECKING:
-    from sivae_dist.distributed.launch import DistributedConfig
 
 _FLAGS = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM")
 

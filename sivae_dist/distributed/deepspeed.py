@@ -26,8 +26,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from sivae_dist.distributed.config import DistributedConfig
 from sivae_dist.distributed.group import Group
-from sivae_dist.distributed.launch import DistributedConfig
 from sivae_dist.distributed.replicated import Replicated
 from sivae_dist.distributed.strategy import Gradient, ParameterStates, Strategy, moments
 from sivae_dist.errors import UserError

@@ -26,8 +26,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.optim import Optimizer
 
+from sivae_dist.distributed.config import DistributedConfig
 from sivae_dist.distributed.group import Group
-from sivae_dist.distributed.launch import DistributedConfig
 from sivae_dist.distributed.replicated import Replicated
 from sivae_dist.distributed.sharding import local
 from sivae_dist.distributed.strategy import Gradient, Strategy, Traffic

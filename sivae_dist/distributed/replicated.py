@@ -22,8 +22,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from sivae_dist.distributed.config import DistributedConfig
 from sivae_dist.distributed.group import Group
-from sivae_dist.distributed.launch import DistributedConfig
 from sivae_dist.distributed.strategy import Gradient, Strategy
 
 BUCKET_BYTES = 16 << 20

@@ -9,8 +9,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from sivae_dist.distributed import asked
+from sivae_dist.distributed.config import DistributedConfig
 from sivae_dist.distributed.group import Group
-from sivae_dist.distributed.launch import DistributedConfig
 from sivae_dist.distributed.strategy import Strategy
 
 # Name in the configuration -> module and its function `build`, imported when chosen: some need optional libraries.

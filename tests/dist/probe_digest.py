@@ -7,9 +7,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from sivae_dist.distributed import launch
+from sivae_dist.distributed.config import DistributedConfig
 from sivae_dist.distributed.digest import digest
 
-started = launch.start(launch.DistributedConfig(timeout_s=60))
+started = launch.start(DistributedConfig(timeout_s=60))
 ranks = started.group.ranks
 torch.manual_seed(0)
 whole = {"a": torch.randn(7, 3), "b": torch.randn(1, 5).double(), "c": torch.randn(12), "step": torch.tensor(3.0)}

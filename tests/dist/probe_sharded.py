@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from sivae_dist import counters
 from sivae_dist.distributed import launch
+from sivae_dist.distributed.config import DistributedConfig
 from sivae_dist.distributed.digest import digest
 from sivae_dist.distributed.group import Group
 from sivae_dist.distributed.replicated import Replicated
@@ -55,7 +56,7 @@ def hashes(model: nn.Module, ema: nn.Module, strategy: Replicated, group: Group)
 
 torch.set_num_threads(1)
 what, kind, run = sys.argv[1], sys.argv[2], Path(sys.argv[3])
-started = launch.start(launch.DistributedConfig(timeout_s=120))
+started = launch.start(DistributedConfig(timeout_s=120))
 group = started.group
 torch.manual_seed({"save": 1, "load": 2}[what])
 model, ema = (ResidualConfig(image_size=16, channels=(4, 6), zdim=5).build() for _ in range(2))

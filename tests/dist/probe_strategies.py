@@ -16,8 +16,8 @@ import torch
 from probe_training import global_batch, share
 
 from sivae_dist.distributed import launch, strategies
+from sivae_dist.distributed.config import DistributedConfig
 from sivae_dist.distributed.group import Group
-from sivae_dist.distributed.launch import DistributedConfig
 from sivae_dist.distributed.sync_batch_norm import synchronise_batch_norm
 from sivae_dist.engine import checkpoint
 from sivae_dist.engine.ema import Ema, EmaConfig

@@ -15,6 +15,7 @@ import torch
 from sivae_dist import counters
 from sivae_dist.data import Batch
 from sivae_dist.distributed import launch
+from sivae_dist.distributed.config import DistributedConfig
 from sivae_dist.distributed.group import Group
 from sivae_dist.distributed.replicated import Replicated
 from sivae_dist.distributed.sync_batch_norm import synchronise_batch_norm
@@ -103,7 +104,7 @@ def collect(group: Group) -> dict[str, np.ndarray]:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    started = launch.start(launch.DistributedConfig(ranks=int(sys.argv[2]), timeout_s=120))
+    started = launch.start(DistributedConfig(ranks=int(sys.argv[2]), timeout_s=120))
     numbers = collect(started.group)
     # Every rank must hold the same weights, and the same running statistics.
     for name, value in numbers.items():

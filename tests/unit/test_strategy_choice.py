@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from sivae_dist.distributed import asked, strategies
+from sivae_dist.distributed.config import DistributedConfig
 from sivae_dist.distributed.fsdp2 import units
 from sivae_dist.distributed.group import Group
-from sivae_dist.distributed.launch import DistributedConfig
 from sivae_dist.distributed.replicated import Replicated
 from sivae_dist.distributed.sharding import whole_model
 from sivae_dist.distributed.strategy import Traffic
