@@ -65,7 +65,7 @@ class Trainer:
         if writes and self.group.is_main:
             self.folder.create()
             self.lock = RunLock(self.folder.root)
-        self.kernels = kernels.configure(config.kernels, self.device)
+        self.kernels = kernels.configure(config.kernels, self.device, used=config.model.fused_operators)
         if self.device.type == "cpu":
             host_memory.keep_freed(config.train.keep_freed_mb)
         saved = resume.find(self.folder, resume_from, config)

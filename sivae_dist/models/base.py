@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from typing import Any, Protocol, Self
+from typing import Any, ClassVar, Protocol, Self
 
 from torch import Tensor, nn
 
@@ -100,6 +100,8 @@ class ModelConfig:
     """Base of every architecture's configuration; `name` selects the class."""
 
     name: str = ""
+    fused_operators: ClassVar[bool] = True
+    """Whether the networks call operators with kernels (`sivae_dist.ops`); without, none are built for a run."""
 
     def at_resolution(self, size: int) -> Self:
         """The same family of networks for images of `size` pixels a side: levels are added or dropped at the fine end.

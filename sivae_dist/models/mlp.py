@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor, nn
 
@@ -71,6 +72,7 @@ class MlpConfig(ModelConfig):
     """
 
     name: str = "mlp"
+    fused_operators: ClassVar[bool] = False
     x_dim: int = 2
     """Coordinates a point."""
     zdim: int = 2

@@ -2,13 +2,12 @@
 
 The cache holds one folder a build, named by the hash of all its inputs (`Recipe.key`). A folder is made aside and
 renamed when it is complete, so what is there is whole; its record holds the library's hash, so what was damaged later
-is built again. Builders exclude each other by `flock`, which the kernel releases when a process dies in whatever way.
+is built again. `_cache` keeps builders apart and removes what is old.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import logging
@@ -20,14 +19,12 @@ import stat
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from sivae_dist.ops._cache import LIBRARY, RECORD, locked, remove_old
 from sivae_dist.ops._toolchain import Device, Recipe, UnavailableError, recipe
 
-LIBRARY = "kernels.so"
-RECORD = "build.json"
 REPORT = "report.txt"  # what the compilers said; for CUDA with registers and spills of every kernel
 _FAILED_FRESH_S = 600.0  # who waited for a build that failed takes its word; a later process tries anew
 _ERROR = re.compile(r"\berror\s*:|\bld: ")  # as g++, clang++, nvcc, ptxas and the linkers write it
@@ -74,16 +71,19 @@ def ensure(device: Device) -> Built:
     started = time.time()
     root = _writable(cache_folder())
     name = _name(made)
-    with _locked(root / f"{name}.lock"):
+    with locked(root / f"{name}.lock"):
         if built := _whole(root / name, made):
             return built
         _take_failure(root / f"{name}.failed", started)
         try:
-            return build(made, root / name)
+            built = build(made, root / name)
         except UnavailableError as error:
             with contextlib.suppress(OSError):
                 (root / f"{name}.failed").write_text(json.dumps({"why": error.why, "fix": error.fix}))
             raise
+    with contextlib.suppress(OSError):  # another user's files, for instance
+        remove_old(root, keep=name)
+    return built
 
 
 def build(made: Recipe, folder: Path) -> Built:
@@ -196,22 +196,6 @@ def _private(*, create: bool) -> Path | None:
         if stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & others:
             return folder
     return Path(tempfile.mkdtemp(prefix="sivae_dist-kernels-")) if create else None
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Within, no other process of this machine builds the same. The lock of a dead process is no lock."""
-    with open(path, "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            log.info("waiting for another process that builds the kernels (%s)", path)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError as error:  # a file system without locks
-            raise UnavailableError(
-                f"{path} cannot be locked: {error.strerror}", "set SIVAE_KERNEL_CACHE to a folder on a local disk"
-            ) from error
-        yield
 
 
 def _take_failure(path: Path, started: float) -> None:

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from sivae_dist.errors import UserError, nearest
-from sivae_dist.ops import _ahead, _build
+from sivae_dist.ops import _ahead, _build, _cache
 from sivae_dist.ops._toolchain import Device, UnavailableError
 
 Mode = Literal["auto", "reference", "cpu", "cuda"]
@@ -74,9 +74,10 @@ def mode() -> Mode:
     raise UserError(f"SIVAE_KERNELS is {given!r}", nearest(given, get_args(Mode)))
 
 
-def configure(config: KernelConfig, device: torch.device) -> dict[str, object]:
+def configure(config: KernelConfig, device: torch.device, *, used: bool = True) -> dict[str, object]:
     """Takes a run's mode and makes the kernels ready for its device now rather than in the first iteration.
 
+    used: whether the run's networks have operators with kernels; auto builds none for a run that would not call them.
     Returns what the run's manifest should say. Raises UserError when an explicit mode cannot be had, also because the
     run is on another device.
     """
@@ -89,6 +90,8 @@ def configure(config: KernelConfig, device: torch.device) -> dict[str, object]:
             "set kernels.mode (or SIVAE_KERNELS) to auto or reference"
             + ("" if device.type == "cpu" else ", or launch on a CPU"),
         )
+    if chosen == "auto" and not used:
+        return {"mode": chosen, "running": "none needed"}
     if not serves(device.type):
         return {"mode": chosen, "running": "reference"}
     loaded = load("cuda" if device.type == "cuda" else "cpu")
@@ -145,7 +148,7 @@ def _serves(device_type: str) -> bool:
 def _outcome(device: Device) -> _build.Built | UnavailableError:
     """Builds or finds, and loads, once a process; a failure is remembered, too."""
     try:
-        built = _ahead.find(device) or _build.ensure(device)
+        built = _ahead.find(device) or _held(device)
         torch.ops.load_library(built.library)  # type: ignore[no-untyped-call]
     except UnavailableError as error:
         return error
@@ -155,6 +158,16 @@ def _outcome(device: Device) -> _build.Built | UnavailableError:
         return UnavailableError(f"the {device} kernels cannot be loaded: {text}", fix)
     log.info("using the %s kernels %s (%s)", device, built.key, built.library)
     return built
+
+
+def _held(device: Device) -> _build.Built:
+    """The build in the cache, safe from being removed as an old one while this process lives."""
+    for _ in range(3):  # it may be removed between being found and being held
+        if _cache.hold((built := _build.ensure(device)).library):
+            return built
+    raise UnavailableError(
+        f"{built.library} disappears as soon as it is built", "set SIVAE_KERNEL_CACHE to another folder"
+    )
 
 
 def load(device: Device) -> _build.Built:

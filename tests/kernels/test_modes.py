@@ -7,14 +7,19 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from sivae_dist.errors import UserError
+from sivae_dist.models import ModelConfig
+from sivae_dist.models.mlp import MlpConfig
 from sivae_dist.models.modulated import ModulatedConfig
 from sivae_dist.ops import kernels, setup_filter, upfirdn2d
 from sivae_dist.ops._toolchain import UnavailableError
+from sivae_dist.registry import components
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -73,6 +78,37 @@ def test_what_cannot_be_had(nothing: None, caplog: pytest.LogCaptureFixture) -> 
         assert kernels.configure(kernels.KernelConfig("auto"), CUDA)["running"] == "reference"
         assert not any(kernels.serves("cuda") for _ in range(3))
     assert len([r for r in caplog.records if "plain PyTorch: there is no cuda compiler" in r.message]) == 1
+
+
+def test_auto_builds_nothing_for_networks_without_fused_operators(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU; an explicit mode still says at once what cannot be had."""
+    asked: list[str] = []
+
+    def refuse(device: str) -> None:
+        asked.append(device)
+        raise UnavailableError("there is no compiler", "install one")
+
+    monkeypatch.setattr(kernels, "load", refuse)
+    points, pictures = MlpConfig(), ModulatedConfig()
+    facts = kernels.configure(kernels.KernelConfig("auto"), CUDA, used=points.fused_operators)
+    assert facts == {"mode": "auto", "running": "none needed"} and asked == []
+    assert kernels.configure(kernels.KernelConfig(), CUDA, used=pictures.fused_operators)["running"] == "reference"
+    assert asked == ["cuda"]
+    with pytest.raises(UserError, match="no compiler"):
+        kernels.configure(kernels.KernelConfig("cuda"), CUDA, used=points.fused_operators)
+
+
+@pytest.mark.parametrize("name", ["mlp", "residual", "style", "modulated"])
+def test_networks_say_whether_they_call_fused_operators(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What they say is what they do: every operator asks whether kernels serve its map."""
+    asked: list[Tensor] = []
+    monkeypatch.setattr(kernels, "selected", lambda x: bool(asked.append(x)))
+    config: Any = components("sivae_dist.models", ModelConfig)[name].tiny()  # type: ignore[attr-defined]
+    model = config.build()
+    with torch.no_grad():
+        model.encode(torch.zeros(2, *model.sample_shape))
+        model.decode(torch.zeros(2, *model.prior.shape))
+    assert bool(asked) == config.fused_operators
 
 
 def test_a_process_without_a_compiler(tmp_path: Path) -> None:
