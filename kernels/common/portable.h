@@ -45,6 +45,35 @@ SIVAE_HD T narrow(Wide<T> value) {
   return static_cast<T>(value);
 }
 
+#if !defined(__CUDACC__)
+// Half by half (IEEE 754 binary16) in whole numbers: compilers make one conversion at a time of the processor's instruction,
+// but sixteen at a time of this. Numbers are shifted into place and the exponent's bias (15, 127) is made good.
+template <>
+SIVAE_HD float widen<Half>(Half value) {
+  const uint32_t magnitude = (value.x & 0x7fffu) << 13, sign = (value.x & 0x8000u) << 16;
+  const uint32_t bias = 112u << 23, smallest = 1u << 23, endless = 31u << 23;  // of magnitudes: normal, infinite
+  // Below the smallest normal one: as a fraction behind 2^-14, which is then taken away.
+  const float fraction = __builtin_bit_cast(float, magnitude + bias + smallest) - 0x1p-14f;
+  const uint32_t normal = magnitude + bias + (magnitude >= endless ? bias : 0u);
+  const uint32_t bits = magnitude < smallest ? __builtin_bit_cast(uint32_t, fraction) : normal;
+  return __builtin_bit_cast(float, bits | sign);
+}
+
+// To the nearest, ties to even.
+template <>
+SIVAE_HD Half narrow<Half>(float value) {
+  const uint32_t given = __builtin_bit_cast(uint32_t, value), magnitude = given & 0x7fffffffu, sign = given >> 16 & 0x8000u;
+  const uint32_t bias = 112u << 23;
+  const uint32_t normal = (magnitude - bias + 0xfffu + (magnitude >> 13 & 1u)) >> 13;
+  // Below 2^-14 the addition rounds: the last place of a half is that of a float at one half.
+  const uint32_t fraction =
+      __builtin_bit_cast(uint32_t, __builtin_bit_cast(float, magnitude) + 0.5f) - __builtin_bit_cast(uint32_t, 0.5f);
+  const uint32_t endless = magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u;
+  const uint32_t finite = magnitude < 113u << 23 ? fraction : normal;
+  return Half(static_cast<unsigned short>(sign | (magnitude >= 143u << 23 ? endless : finite)), Half::from_bits());
+}
+#endif
+
 // As many elements as fill 16 bytes, loaded and stored at once.
 template <typename T>
 struct alignas(16) Pack {

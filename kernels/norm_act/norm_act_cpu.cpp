@@ -156,7 +156,8 @@ void gradient_row(const Reader<T>& in, const T* g, int64_t row, int64_t from, in
     for (int64_t i = 0; i < many; ++i) out[i] = widen(g[row * in.width + from + i]);
   } else if (in.resample == DOWN) {
     const int64_t wide = in.width / 2, inside = row / 2 < in.height / 2 ? std::clamp<int64_t>(2 * wide - from, 0, many) : 0;
-    for (int64_t i = 0; i < inside; ++i) out[i] = widen(g[row / 2 * wide + (from + i) / 2]) / 4;
+    const T* each = g + row / 2 * wide + from / 2;  // `from` is even, as CHUNK is, and so is `inside`
+    for (int64_t i = 0; i < inside / 2; ++i) out[2 * i] = out[2 * i + 1] = widen(each[i]) / 4;
     std::fill(out + inside, out + many, W(0));  // of an odd size, the last row and column are left out
   } else {
     const T *above = g + 4 * row * in.width + 2 * from, *below = above + 2 * in.width;

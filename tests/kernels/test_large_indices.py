@@ -59,6 +59,23 @@ int main() {
     const auto q = bias_act::place<int64_t>(i, 77, 1025, false);
     EXPECT(p.channel == q.channel && p.pixel == q.pixel);
   }
+  // Half precision by whole numbers is that of torch: all of it to float, floats about each of them and others back.
+  const auto same = [](float f) {
+    const Half ours = narrow<Half>(f), other = static_cast<Half>(f);
+    return ours.x == other.x || (f != f && (ours.x & 0x7fff) > 0x7c00);
+  };
+  for (uint32_t i = 0; i < 65536; ++i) {
+    const Half half(static_cast<unsigned short>(i), Half::from_bits());
+    const float ours = widen(half), other = static_cast<float>(half);
+    const uint32_t bits = __builtin_bit_cast(uint32_t, other);
+    EXPECT(__builtin_bit_cast(uint32_t, ours) == bits || (ours != ours && other != other));
+    for (const uint32_t by : {0u, 1u, 0xfffu, 0x1000u, 0x1001u, 0x1fffu}) {
+      EXPECT(same(__builtin_bit_cast(float, bits + by)));
+    }
+  }
+  for (uint64_t k = 0; k < uint64_t{1} << 32; k += 9973) {
+    EXPECT(same(__builtin_bit_cast(float, static_cast<uint32_t>(k))));
+  }
   EXPECT(ceil_div(-7, 2) == -3 && floor_div(-7, 2) == -4 && ceil_div(7, 2) == 4 && floor_div(7, 2) == 3);
   return 0;
 }
