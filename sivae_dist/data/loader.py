@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch.utils.data import DataLoader
 
-from sivae_dist.data import device_decode, jpeg
+from sivae_dist.data import device_decode, jpeg, lost_workers
 from sivae_dist.data.augment import Augmentation, Fill
 from sivae_dist.data.base import DataConfig, HostBatch
 from sivae_dist.data.device_decode import DeviceDecoding
@@ -179,12 +179,14 @@ class _Batches(Iterator[HostBatch]):
             pin_memory=torch.cuda.is_available(),
         )
         self._iterator = iter(loader)
+        lost_workers.hear_later()
 
     def __next__(self) -> HostBatch:
         if self._iterator is None:
             raise StopIteration
         try:
-            found = next(self._iterator)
+            with lost_workers.waiting():
+                found = next(self._iterator)
         except (RuntimeError, ConnectionError, EOFError) as error:
             self.close()
             raise self._plain(error) from error

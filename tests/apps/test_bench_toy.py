@@ -35,6 +35,7 @@ def test_the_plain_loop_and_the_engine_take_the_same_step(monkeypatch: pytest.Mo
         assert float((one - two).abs().max()) <= 1e-5 * float(one.abs().max()), name
 
 
+@pytest.mark.slow
 def test_every_loop_is_timed() -> None:
     rows = toy.run(0.0, block=1)
     assert [row.name for row in rows] == list(toy.contenders())

@@ -197,6 +197,24 @@ def test_a_killed_worker_is_an_error_and_no_hang(packed):
             next(batches)
 
 
+def test_a_killed_worker_does_not_interrupt_other_work(packed):
+    """torch's own handler raises in whatever runs when it dies; the next batch that is waited for is to tell."""
+    before = children()
+    source = stream(packed, workers=2)
+    batches = source.batches(0, 4)
+    next(batches)
+    for pid in children() - before:
+        os.kill(pid, signal.SIGKILL)
+    until = time.monotonic() + 1.0
+    while time.monotonic() < until:  # a step
+        sum(range(1000))
+    with pytest.raises(UserError, match="a data worker process was killed"):
+        next(batches)
+    again = source.batches(0, 4)  # nothing of it is left over
+    assert next(again).position.tolist() == [0, 1, 2, 3]
+    source.close()
+
+
 @pytest.mark.dist
 def test_workers_live_through_signals_to_the_group(packed):
     before = children()

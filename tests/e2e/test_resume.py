@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import signal
 import subprocess
@@ -119,3 +120,37 @@ def test_resume_options(config: Path, undisturbed: Path, tmp_path: Path) -> None
     longer = sivae_dist("train", "--config", str(config), "--out", str(run), "--train.kimg", "0.45")
     assert longer.returncode == 0, longer.stderr
     assert results(run)[-1]["nimg"] == 450
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+def test_a_killed_data_worker_saves_first(config: Path, tmp_path: Path) -> None:
+    """Out of memory, for example: said in plain words, nothing lost, and the same command goes on to the same end."""
+    long = ["--config", str(config), "--train.kimg", "2", "--checkpoint.every_kimg", "100"]
+    undisturbed, run = tmp_path / "undisturbed", tmp_path / "run"
+    done = sivae_dist("train", *long, "--out", str(undisturbed))
+    assert done.returncode == 0, done.stderr
+    for rows in (2, 12):
+        process = subprocess.Popen(
+            [sys.executable, "-m", "sivae_dist", "train", *long, "--out", str(run)],
+            env=environment(),
+            cwd=ROOT,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        deadline = time.monotonic() + 120
+        while process.poll() is None and time.monotonic() < deadline:
+            if (run / "metrics.jsonl").is_file() and len((run / "metrics.jsonl").read_text().splitlines()) >= rows:
+                break
+            time.sleep(0.005)
+        for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
+            if b"sivae_dist" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                os.kill(int(pid), signal.SIGKILL)
+        _, told = process.communicate(timeout=60)
+        assert process.returncode == 2, told
+        assert "a data worker process was killed" in told and "Traceback" not in told, told
+        assert (run / "checkpoints/latest").is_file(), told
+    done = sivae_dist("train", *long, "--out", str(run))
+    assert done.returncode == 0, done.stderr
+    assert_same_end(run, undisturbed)
