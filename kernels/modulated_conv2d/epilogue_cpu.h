@@ -8,9 +8,9 @@ namespace sivae::modulated_conv2d {
 
 // `many` <= CHUNK neighbours of one channel. noise, y, scaled: null where there is none or it is not wanted.
 template <typename T, typename S, typename W>
-void row(const Formula<W>& f, const Channel<W>& c, const S* x, const W* noise, int64_t many, T* __restrict y,
+void row(const Formula<W> f, const Channel<W> c, const S* x, const W* noise, int64_t many, T* __restrict y,
          T* __restrict scaled) {
-  W result[CHUNK];
+  W result[CHUNK];  // f and c are copies: what may change behind a reference keeps g++ from vectorising
   if (noise) {
     for (int64_t i = 0; i < many; ++i) result[i] = activated(f, value(c, widen(x[i]), noise[i]));
   } else {

@@ -152,6 +152,21 @@ std::tuple<Tensor, Tensor> run(const Tensor& x, const Tensor& f, int64_t pad_x0,
   return {y, scaled};
 }
 
+// The gradients of `many` elements of u; channel(i) is that of the i-th. f is a copy, and all is restrict: g++ vectorises it.
+template <typename W, typename F>
+void gradients(int64_t many, const Formula<W> f, const F& channel, const W* __restrict u, const W* __restrict drawn,
+               int64_t step, const W* __restrict one, const W* __restrict two, W* __restrict du, W* __restrict scale,
+               W* __restrict bias, W* __restrict strength, W* __restrict next) {
+  for (int64_t i = 0; i < many; ++i) {
+    const Gradients<W> d = backward(channel(i), f, u[i], drawn[i * step], one[i], two[i]);
+    du[i] = d.x;
+    scale[i] = d.scale;
+    bias[i] = d.bias;
+    strength[i] = d.strength;
+    next[i] = d.next;
+  }
+}
+
 // A band's share of the backward pass: rows of u, of its gradient, and of dx, one after the other.
 template <typename T, typename W = Wide<T>>
 struct Band {
@@ -194,19 +209,11 @@ struct Band {
     widened(g, at, one);
     widened(g_scaled, at, two);
     if (const W* from = maps.noise(plane, o)) std::copy_n(from, maps.x.out, drawn.data());
-    W* __restrict du = ring.data() + o % TAPS * maps.row_out;
-    W *__restrict p0 = parts[0].data(), *__restrict p1 = parts[1].data();
-    W *__restrict p2 = parts[2].data(), *__restrict p3 = parts[3].data();
-    const auto keep = [&](int64_t i, const Gradients<W>& d) {
-      du[i] = d.x;
-      p0[i] = d.scale;
-      p1[i] = d.bias;
-      p2[i] = d.strength;
-      p3[i] = d.next;
-    };
+    W* du = ring.data() + o % TAPS * maps.row_out;
     if (!maps.last) {
       const Channel<W> c = maps.constants.channel(maps.sample(plane), plane % maps.constants.channels);
-      for (int64_t i = 0; i < maps.row_out; ++i) keep(i, backward(c, maps.f, u[i], drawn[i], one[i], two[i]));
+      gradients(maps.row_out, maps.f, [c](int64_t) { return c; }, u.data(), drawn.data(), 1, one.data(), two.data(), du,
+                parts[0].data(), parts[1].data(), parts[2].data(), parts[3].data());
       for (int s = 0; own && s < SUMS; ++s) sums[s] += sum_of(parts[s].data(), maps.row_out);
       return;
     }
@@ -214,12 +221,12 @@ struct Band {
     const W *by = maps.constants.scale + plane * channels, *add = maps.bias.data();
     const W* following = maps.constants.next ? maps.constants.next + plane * channels : maps.nothing.data();
     const W strong = maps.constants.noise ? *maps.constants.strength : W(0);
+    const auto channel = [=](int64_t c) { return Channel<W>{by[c], add[c], strong, following[c]}; };
     for (int64_t p = 0; p < maps.x.out; ++p) {
-      const W beside = drawn[p];
-      for (int64_t c = 0; c < channels; ++c) {
-        const int64_t i = p * channels + c;
-        keep(i, backward(Channel<W>{by[c], add[c], strong, following[c]}, maps.f, u[i], beside, one[i], two[i]));
-      }
+      const int64_t at_p = p * channels;
+      gradients(channels, maps.f, channel, u.data() + at_p, drawn.data() + p, 0, one.data() + at_p, two.data() + at_p,
+                du + at_p, parts[0].data() + at_p, parts[1].data() + at_p, parts[2].data() + at_p,
+                parts[3].data() + at_p);
     }
     for (int s = 0; own && s < SUMS; ++s) {
       W* __restrict total = parts[s].data();  // of the first pixel, then of all
