@@ -196,3 +196,10 @@ def test_wrong_options_are_told(tmp_path: Path, told: Callable[..., str]) -> Non
 def test_a_run_folder_of_a_job_is_an_ordinary_one(job: Job) -> None:
     assert isinstance(job.run, RunFolder)
     assert job.run.root.name == "rings-vae-seed0"
+
+
+def test_the_rows_in_the_docs_fit_the_recipes(tmp_path: Path) -> None:
+    """So that `--also docs/toy2d.json` takes them all, and no recipe is changed without training anew."""
+    path = Path(__file__).parents[2] / "docs" / "toy2d.json"
+    jobs = toy.plan(tmp_path, toy.DENSITIES, toy.OBJECTIVES, seeds=[10_000])
+    assert toy_report.rows_from(path, jobs) == json.loads(path.read_text())["runs"] != []
