@@ -35,14 +35,19 @@ def fused_epilogue(
     plain: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
     """As `epilogue_reference`, by the kernels of x's device."""
-
-    def wide(side: Tensor) -> Tensor:
-        return side.to(x.device, _library.wide_dtype(x)).contiguous()
-
-    sides = (None if t is None else wide(t) for t in (noise, strength, bias, following))
-    bound = _NO_CLAMP if clamp is None else float(clamp)
-    y, scaled = torch.ops.sivae.modulated_epilogue(x, wide(scale), *sides, alpha, gain, bound, plain)
+    sides = as_wide(x, scale, noise, strength, bias, following)
+    y, scaled = torch.ops.sivae.modulated_epilogue(x, *sides, alpha, gain, bound_of(clamp), plain)
     return y if plain else None, None if following is None else scaled
+
+
+def as_wide(x: Tensor, *sides: Tensor | None) -> list[Tensor | None]:
+    """What a map is worked on with, as its kernels take it."""
+    return [None if t is None else t.to(x.device, _library.wide_dtype(x)).contiguous() for t in sides]
+
+
+def bound_of(clamp: float | None) -> float:
+    """The number by which kernels know a clamp, and that there is none."""
+    return _NO_CLAMP if clamp is None else float(clamp)
 
 
 def _like(x: Tensor, wanted: bool = True) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sivae_dist.ops import _library
 from sivae_dist.ops._arguments import layout
-from sivae_dist.ops._fused_modulated import _NO_CLAMP, _NUMBERS
+from sivae_dist.ops._fused_modulated import _NUMBERS, as_wide, bound_of
 from sivae_dist.ops._fused_upfirdn2d import transposed
 
 Pads = tuple[int, int, int, int]
@@ -48,16 +48,12 @@ def fused_fir_epilogue(
     plain: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
     """`upfirdn2d(x, f, 1, 1, pads, flip, fir_gain)`, then `epilogue_reference`, by the kernels of x's device."""
-
-    def wide(side: Tensor) -> Tensor:
-        return side.to(x.device, _library.wide_dtype(x)).contiguous()
-
-    taps = wide(f.detach())
+    (taps,) = as_wide(x, f.detach())
+    assert taps is not None
     taps = torch.outer(taps, taps) if f.ndim == 1 else taps
-    sides = (None if t is None else wide(t) for t in (noise, strength, bias, following))
-    bound = _NO_CLAMP if clamp is None else float(clamp)
+    sides = as_wide(x, scale, noise, strength, bias, following)
     y, scaled = torch.ops.sivae.modulated_fir_epilogue(
-        x, taps, *pads, flip, fir_gain, wide(scale), *sides, alpha, gain, bound, plain
+        x, taps, *pads, flip, fir_gain, *sides, alpha, gain, bound_of(clamp), plain
     )
     return y if plain else None, None if following is None else scaled
 

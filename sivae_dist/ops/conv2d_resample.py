@@ -74,12 +74,11 @@ def conv2d_resample_reference(
         y, sides = transposed_convolution(x, weight, f, up, down, padding, groups)
         y = fir(y, f, 1, 1, sides, flip_filter, float(up * up))
         return fir(y, f, 1, down, 0, flip_filter, 1.0) if down > 1 else y
-    left, right, top, bottom = four(padding)
     if down > 1:
-        left, right, top, bottom = same_size((left, right, top, bottom), filter_size(f), (1, 1), (down, down))
-    if down > 1:
-        x = fir(x, f, 1, 1, (left, right, top, bottom), flip_filter, 1.0)
+        sides = same_size(four(padding), filter_size(f), (1, 1), (down, down))
+        x = fir(x, f, 1, 1, sides, flip_filter, 1.0)
         return functional.conv2d(x, weight, stride=down, groups=groups)
+    left, right, top, bottom = four(padding)
     if left == right and top == bottom and left >= 0 and top >= 0:
         return functional.conv2d(x, weight, padding=(top, left), groups=groups)
     return functional.conv2d(functional.pad(x, (left, right, top, bottom)), weight, groups=groups)
