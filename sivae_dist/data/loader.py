@@ -24,12 +24,12 @@ from sivae_dist.data.parts import Parts, in_shard_order, listed, planned
 from sivae_dist.data.pictures import Decoded, Failure, InSlot, Pictures, Settings, Unopened
 from sivae_dist.data.plan import Plan
 from sivae_dist.data.procs import die_with_parent
-from sivae_dist.data.pyramid import levels_of, no_such_level, remote_level
+from sivae_dist.data.pyramid import level_for
 from sivae_dist.data.replace import OnError, Tolerance
 from sivae_dist.data.shard_read import load_manifest
 from sivae_dist.data.slots import Slots
 from sivae_dist.data.store import Access, open_store
-from sivae_dist.data.stores.address import fill, scheme_of
+from sivae_dist.data.stores.address import scheme_of
 from sivae_dist.data.stores.cache import BLOCK
 from sivae_dist.data.watch import Watch
 from sivae_dist.errors import UserError
@@ -115,15 +115,7 @@ class ShardsConfig(DataConfig):
         """Of a folder with several resolutions that of the model. Raises UserError when it is not among them."""
         side = sample_shape[-1] * self.reduce
         wants = "the model takes" if self.reduce == 1 else f"with data.reduce {self.reduce} the model takes"
-        if scheme_of(self.url) not in ("", "file"):
-            return replace(self, url=remote_level(self.url, side, self.access(), wants))
-        levels = levels_of(fill(self.url)[0])
-        if not levels:
-            return self
-        there = [level.name for level in levels]
-        if str(side) not in there:
-            raise no_such_level(self.url, there, side, wants)
-        return replace(self, url=f"{self.url.rstrip('/')}/{side}")
+        return replace(self, url=level_for(self.url, side, self.access(), wants))
 
     def build(self, *, seed: int, salt: int, rank: int, ranks: int) -> ShardStream:
         """Reads the manifest only. Raises UserError for a folder or settings that cannot be used."""

@@ -2,7 +2,8 @@
 
 Several resolutions make a pyramid: a shard folder each, DESTINATION/256, DESTINATION/512, ..., with the same samples at
 the same places. While it works, DESTINATION/.pack holds the list of items, the options and one note per finished shard;
-manifests are written last and .pack removed, so a folder with a manifest is complete.
+manifests are written last (after those of all levels a pyramid's own file) and .pack removed, so a folder with a
+manifest is complete.
 """
 
 from __future__ import annotations
@@ -26,7 +27,10 @@ from sivae_dist.data.manifest import FILE_NAME, SPLITS, Manifest
 from sivae_dist.data.pack_items import ItemList, list_items, read_items
 from sivae_dist.data.pack_shard import PackOptions, ShardDone, ShardTask, differences, encoded, pack_shard, recorded
 from sivae_dist.data.procs import run_tasks, usable_cores
+from sivae_dist.data.pyramid_file import FILE_NAME as PYRAMID_NAME
+from sivae_dist.data.pyramid_file import PyramidFile, read_pyramid
 from sivae_dist.data.sources.base import Source
+from sivae_dist.data.stores.folder import FolderStore
 from sivae_dist.errors import UserError
 
 _PROBES = 16  # pictures encoded beforehand to estimate the size
@@ -80,6 +84,7 @@ def pack(
         )
         note = recorded(options, source, items.sha256)
         if finished := _finished(destination, folders, aside, note):
+            _complete_pyramid(destination, folders, aside, finished[0])
             shutil.rmtree(aside)
             manifests, skipped = finished
             return PackReport(manifests, skipped, 0, len(manifests[0].shards), time.monotonic() - begin)
@@ -103,6 +108,8 @@ def pack(
             for result in run_tasks(work, todo, usable_cores() if workers is None else workers, bar.update):
                 done[result.name] = result
         manifests, skipped = _conclude(source, folders, items, [done[t.name] for t in tasks], note)
+        if folders != (destination,):
+            write_atomically(destination / PYRAMID_NAME, PyramidFile.of(manifests).to_bytes())
         shutil.rmtree(aside)
     enlarged = sum(d.enlarged for d in done.values())
     return PackReport(manifests, skipped, enlarged, reused, time.monotonic() - begin)
@@ -156,6 +163,24 @@ def _finished(
     skipped = folders[0] / _SKIPPED
     entries = json.loads(skipped.read_bytes()) if skipped.is_file() else []
     return tuple(found[folder] for folder in folders), tuple((entry["key"], entry["reason"]) for entry in entries)
+
+
+def _complete_pyramid(
+    destination: Path, folders: tuple[Path, ...], aside: Path, manifests: tuple[Manifest, ...]
+) -> None:
+    """The file at the root of a complete pyramid, where there is none: packed before there was one, or killed before.
+
+    Raises UserError for one that lists other levels.
+    """
+    if folders == (destination,):
+        return
+    found, right = read_pyramid(FolderStore(destination)), PyramidFile.of(manifests)
+    if found is None:
+        write_atomically(destination / PYRAMID_NAME, right.to_bytes())
+    elif found != right:
+        shutil.rmtree(aside)
+        what = f"{destination / PYRAMID_NAME} lists other levels than lie beside it"
+        raise UserError(what, "copy the data set again; or remove this file and run the same command again")
 
 
 def _same_options(path: Path, note: dict[str, Any]) -> Means | None:

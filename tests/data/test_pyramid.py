@@ -118,7 +118,7 @@ def test_interrupted_between_any_two_writes_it_goes_on(pyramid, tmp_path, monkey
     options = PackOptions(SIDES, format="png", shard_size="7", val_count=4)
     destination = tmp_path / "out"
     real = pack_module.write_atomically
-    for name in (FILE_NAME, "options.json"):
+    for name in (FILE_NAME, "options.json", "pyramid.json"):
         for nth in range(3 if name == FILE_NAME else 1):
             count = 0
 
@@ -254,11 +254,17 @@ def test_a_run_takes_its_resolution(pyramid, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("refusal", [404, 403])
-def test_a_run_takes_its_resolution_from_a_server(pyramid, monkeypatch, refusal):
-    """Servers list nothing, and some say 403 of what is not there."""
+@pytest.mark.parametrize("told", [True, False])
+def test_a_run_takes_its_resolution_from_a_server(pyramid, monkeypatch, refusal, told):
+    """Servers list nothing, and some say 403 of what is not there. told: by pyramid.json, which older data lack."""
     monkeypatch.setenv("SIGNATURE", "sig=abc")
     with serving(pyramid / "out") as web:
-        web.how = lambda asked: How() if (web.folder / asked.name).is_file() else How(refusal)
+
+        def how(asked):
+            there = (web.folder / asked.name).is_file() and (told or asked.name != "pyramid.json")
+            return How() if there else How(refusal)
+
+        web.how = how
         for url, expected in ((f"{web.url}/", f"{web.url}/16"), (f"{web.url}?${{SIGNATURE}}", None)):
             data = ShardsConfig(url=url, workers=0, cache_gb=0).at((3, 16, 16))
             assert data.url == (expected or f"{web.url}/16?${{SIGNATURE}}")
@@ -266,8 +272,10 @@ def test_a_run_takes_its_resolution_from_a_server(pyramid, monkeypatch, refusal)
             assert stream.sample_shape == (3, 16, 16)
             stream.close()
         assert web.asked[-1].target == "/16/manifest.json?sig=abc"
+        web.asked.clear()
         with pytest.raises(UserError, match=r"of 8, 16, 32 pixels, with data\.reduce 2 the model takes 128"):
             ShardsConfig(url=web.url, reduce=2).at((3, 64, 64))
+        assert told == (web.names() == ["manifest.json", "pyramid.json"]), "nobody guesses where it is told"
         web.asked.clear()
         for url in (f"{web.url}/16", f"{web.url}/16/manifest.json"):
             assert ShardsConfig(url=url).at((3, 64, 64)).url == url
@@ -289,6 +297,10 @@ def test_commands_take_a_pyramid_on_a_server(pyramid, tmp_path, capsys):
         assert capsys.readouterr().out.count("samples in") == 3
         assert [check.status for check in storage.data(web.url)] == ["ok"] * 3
         edit_manifest(tmp_path / "out" / "32", lambda raw: raw["shards"].pop())
+        with pytest.raises(SystemExit):
+            main(["data", "verify", web.url, "--workers", "1"])
+        assert f"{web.url}/32 holds other data than {web.url}/pyramid.json lists" in capsys.readouterr().err
+        (tmp_path / "out" / "pyramid.json").unlink()
         with pytest.raises(SystemExit):
             main(["data", "verify", web.url, "--workers", "1"])
         assert f"{web.url}/32 has other shards than {web.url}/8" in capsys.readouterr().out

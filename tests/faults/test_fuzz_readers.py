@@ -21,7 +21,8 @@ from hypothesis import strategies as st
 from mutations import DEEP, changed_bytes, changed_json, text_of
 
 from sivae_dist.config import from_dict, read_yaml, to_dict
-from sivae_dist.data.manifest import Manifest
+from sivae_dist.data.manifest import Manifest, checksum
+from sivae_dist.data.pyramid_file import PyramidFile
 from sivae_dist.data.shard_read import ShardReader
 from sivae_dist.data.store import FolderStore
 from sivae_dist.data.stores.base import Events, Expected
@@ -122,6 +123,24 @@ def test_manifest(count: int, files: dict[str, bytes]) -> None:
             assert "/" not in shard.name and shard.count >= 0
 
     holds(count, changed, read)
+
+
+@pytest.mark.parametrize("count", FEW_AND_MANY)
+@pytest.mark.parametrize("signed", [True, False])
+def test_pyramid_file(count: int, signed: bool) -> None:
+    valid = PyramidFile(((8, "0" * 64), (16, "1" * 64))).to_bytes()
+
+    def sign(raw: Any) -> Any:
+        return raw | {"checksum": checksum(raw)} if signed and isinstance(raw, dict) else raw
+
+    changed = changed_json(json.loads(valid)).map(sign).map(text_of)
+
+    def read(data: bytes) -> None:
+        found = PyramidFile.from_bytes(data, "pyramid")
+        assert list(found.resolutions) == sorted(set(found.resolutions))
+        assert all(len(found.fingerprint(side)) == 64 for side in found.resolutions)
+
+    holds(count, st.one_of(changed, changed_bytes(valid), st.just(DEEP.encode())), read)
 
 
 def test_long_values_are_shortened_in_messages(files: dict[str, bytes]) -> None:
