@@ -60,12 +60,17 @@ def _serves(x: Tensor, weights: Sequence[Tensor]) -> bool:
 
 def _product(a: Tensor, b: Tensor, bias: Tensor | None = None, *, relu: bool = False) -> Tensor:
     """a (M, K) b^T (K, N) + bias, then ReLU if asked for: (M, N). b: (N, K)."""
-    if min(a.shape[0], a.shape[1], b.shape[0]) < _THIN:
-        thin = torch.mm(a, b.t()) if bias is None else torch.addmm(bias, a, b.t())
+    if min(a.shape[0], a.shape[1], b.shape[0]) >= _THIN:
+        # The operator that torch's compiler emits for a linear layer and what follows it.
+        fused: Tensor = torch.ops.mkldnn._linear_pointwise(a, b, bias, "relu" if relu else "none", [], "")
+        return fused
+    if bias is not None:
+        thin = torch.addmm(bias, a, b.t())
         return thin.relu_() if relu else thin
-    # The operator that torch's compiler emits for a linear layer and what follows it.
-    fused: Tensor = torch.ops.mkldnn._linear_pointwise(a, b, bias, "relu" if relu else "none", [], "")
-    return fused
+    # MKL is five to ten times as fast with the thin matrix on the left, or with its long side in rows.
+    if a.is_contiguous():
+        return torch.mm(a, b.contiguous().t())
+    return torch.mm(b, a.t()).t() if b.shape[0] < a.shape[0] else torch.mm(a, b.t())
 
 
 class _Chain(torch.autograd.Function):
@@ -105,5 +110,5 @@ class _Chain(torch.autograd.Function):
                 return (None, *of_weight, *of_bias)
             grad = _product(grad, weights[i].t())
             if i > 0:
-                grad = torch.ops.aten.threshold_backward(grad, inputs[i], 0)
+                torch.ops.aten.threshold_backward.grad_input(grad, inputs[i], 0, grad_input=grad)  # in place
         return (grad, *of_weight, *of_bias)
