@@ -84,12 +84,14 @@ def plan(
     *,
     seeds: Sequence[int],
     iterations: int | None = None,
+    stop_after: int | None = None,
     tuned: Settings | None = None,
     suffix: str = "",
 ) -> list[Job]:
     """Jobs in folders out/DENSITY-OBJECTIVE-seedN{suffix}, seed by seed: a part of the work is a whole comparison.
 
     iterations: instead of the recipes' 30,000; warm-up, milestones, reports and checkpoints shrink in proportion.
+    stop_after: iterations after which every model ends, within schedules that stay as they are.
     tuned:      weights of the objectives instead of the recipes'.
     Raises UserError where a folder holds a run with other settings.
     """
@@ -100,7 +102,7 @@ def plan(
                 config = recipe(density, objective)
                 weights = (tuned or {}).get((density, objective), {})
                 config = dataclasses.replace(config, objective=dataclasses.replace(config.objective, **weights))  # type: ignore[arg-type]
-                config = _of_length(config, iterations)
+                config = _cut(_of_length(config, iterations), stop_after)
                 config = dataclasses.replace(config, train=dataclasses.replace(config.train, seed=seed))
                 job = Job(
                     density, objective, seed, config, RunFolder(out / f"{density}-{objective}-seed{seed}{suffix}")
@@ -141,12 +143,23 @@ def _of_length(config: RunConfig, iterations: int | None) -> RunConfig:
     )
 
 
+def _cut(config: RunConfig, stop_after: int | None) -> RunConfig:
+    if stop_after is None:
+        return config
+    kimg = stop_after * config.train.batch / 1000
+    if not 0 < kimg <= config.train.kimg:
+        most = round(1000 * config.train.kimg / config.train.batch)
+        raise UserError(f"--stop-after is {stop_after}, expected 1 to the {most} iterations of a run", "lower it")
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, kimg=kimg))
+
+
 def _check_same(job: Job) -> None:
     if not job.run.config.exists():
         return
     if from_dict(read_yaml(job.run.config), str(job.run.config)) != job.config:
         raise UserError(
-            f"{job.run.root} holds a run with other settings (another --iterations or --tune, or another version)",
+            f"{job.run.root} holds a run with other settings "
+            "(another --iterations, --stop-after or --tune, or another version)",
             "give another --out, or remove that folder",
         )
 

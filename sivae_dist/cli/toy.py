@@ -18,6 +18,7 @@ def toy(
     seeds: int = 5,
     first_seed: int = 0,
     iterations: int | None = None,
+    stop_after: int | None = None,
     tune: int | None = None,
     tune_iterations: int = 3000,
     tuned: Path | None = None,
@@ -34,6 +35,7 @@ def toy(
         seeds: Models of each, with seeds first_seed, first_seed + 1, ...
         first_seed: The first seed.
         iterations: Iterations of 512 points, instead of the published 30000; schedules shrink in proportion.
+        stop_after: End every model after so many iterations of its whole schedule; the last third changes little.
         tune: First try this many settings of every objective on every density (the recipe, and others drawn at random
             around it) in shortened runs; then train with the best ones. All are told in tune.json.
         tune_iterations: Iterations of each of these trials.
@@ -68,6 +70,7 @@ def toy(
         objectives,
         seeds=range(first_seed, first_seed + seeds),
         iterations=iterations,
+        stop_after=stop_after,
         tuned=settings,
     )
     app.train(chosen, out, at_once=jobs)

@@ -52,6 +52,14 @@ def test_a_shorter_run_is_the_same_in_small(tmp_path: Path) -> None:
         )
 
 
+def test_a_run_that_stops_early_is_the_beginning_of_the_whole_one(tmp_path: Path) -> None:
+    whole, cut = (
+        toy.plan(tmp_path, ("rings",), ("soft_introvae",), seeds=[0], stop_after=n)[0].config for n in (None, 20_000)
+    )
+    assert cut.train.total_nimg == 20_000 * 512
+    assert dataclasses.replace(cut, train=whole.train) == whole
+
+
 def test_the_twelve_models_share_what_they_should(tmp_path: Path) -> None:
     jobs = toy.plan(tmp_path, toy.DENSITIES, toy.OBJECTIVES, seeds=range(2))
     assert len({job.name for job in jobs}) == len(jobs) == 24
@@ -190,6 +198,9 @@ def test_wrong_options_are_told(tmp_path: Path, told: Callable[..., str]) -> Non
     assert "nothing is chosen" in told("toy")
     assert "--seeds is 0" in told("toy", "--all", "--seeds", "0")
     assert "--iterations is 0" in told("toy", "--all", "--iterations", "0", "--out", str(tmp_path))
+    for wrong in ("0", "30001"):
+        text = told("toy", "--all", "--stop-after", wrong, "--out", str(tmp_path))
+        assert f"--stop-after is {wrong}, expected 1 to the 30000 iterations" in text
     assert "--jobs is 0" in told("toy", "--density", "rings", "--jobs", "0", "--out", str(tmp_path))
 
 
