@@ -18,8 +18,13 @@ from sivae_dist.apps.checks import accelerate_config, devices, kernels, software
 from sivae_dist.apps.checks.base import Check, guarded, ok
 
 
-def examine(data: str | None, out: Path, accelerate_file: Path | None) -> list[Check]:
-    """All checks, in the order of the report. data: shard folder, or None to look at none."""
+def examine(
+    data: str | None, out: Path, accelerate_file: Path | None, cache_dir: str = "", cache_gb: float = 16.0
+) -> list[Check]:
+    """All checks, in the order of the report.
+
+    data: shard folder, or None to look at none. cache_dir, cache_gb: as in a run's configuration.
+    """
     looks: list[tuple[str, Callable[[], list[Check]]]] = [
         ("python", software.python),
         ("packages", software.packages),
@@ -40,6 +45,7 @@ def examine(data: str | None, out: Path, accelerate_file: Path | None) -> list[C
     ]
     if data is not None:
         looks.append(("data", functools.partial(storage.data, data)))
+        looks.append(("data cache", functools.partial(storage.data_cache, data, cache_dir, cache_gb)))
     checks = [ok("sivae-dist", f"{__version__} in {Path(__file__).resolve().parents[1]}")]
     with _quiet():
         for name, look in looks:

@@ -10,6 +10,13 @@ import sys
 from pathlib import Path
 
 
+def _gb(text: str) -> float:
+    value = float(text)
+    if not 0 <= value <= 1e7:
+        raise argparse.ArgumentTypeError(f"{text} is not 0 to 10000000")
+    return value
+
+
 def run(arguments: list[str]) -> None:
     """Looks, reports, and ends with status 1 if there is a problem (warnings are none)."""
     parser = argparse.ArgumentParser(
@@ -19,13 +26,17 @@ def run(arguments: list[str]) -> None:
     )
     parser.add_argument("--json", action="store_true", help="print a list of checks for programs")
     parser.add_argument("--data", metavar="FOLDER", help="also look at this packed data set")
+    parser.add_argument(
+        "--cache-dir", metavar="FOLDER", default="", help="data.cache_dir of the run, for data elsewhere"
+    )
+    parser.add_argument("--cache-gb", metavar="GB", default=16.0, type=_gb, help="data.cache_gb of the run (16)")
     parser.add_argument("--out", metavar="FOLDER", default="runs", type=Path, help="where runs will be written (runs)")
     parser.add_argument("--accelerate-config", metavar="FILE", type=Path, help="instead of the user's default one")
     options = parser.parse_args(arguments)
 
     from sivae_dist.apps import doctor  # noqa: PLC0415 (--help stays quick)
 
-    checks = doctor.examine(options.data, options.out, options.accelerate_config)
+    checks = doctor.examine(options.data, options.out, options.accelerate_config, options.cache_dir, options.cache_gb)
     text = json.dumps([dataclasses.asdict(c) for c in checks], indent=1) if options.json else doctor.report(checks)
     print(text, flush=True)
     sys.stderr.flush()

@@ -130,6 +130,9 @@ class DataConfig:
 
     name: str = ""
 
+    def check(self) -> None:
+        """Looks at what can be told before anything is built. Raises UserError; writes nothing, asks no server."""
+
     def at(self, sample_shape: tuple[int, ...]) -> DataConfig:
         """The data for a model of samples (C, H, W): of a pyramid its resolution, all other data as they are."""
         return self

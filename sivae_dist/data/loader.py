@@ -29,8 +29,8 @@ from sivae_dist.data.replace import OnError, Tolerance
 from sivae_dist.data.shard_read import load_manifest
 from sivae_dist.data.slots import Slots
 from sivae_dist.data.store import Access, open_store
-from sivae_dist.data.stores.address import scheme_of
 from sivae_dist.data.stores.cache import BLOCK
+from sivae_dist.data.stores.room import check_cache, remarks, uses_cache
 from sivae_dist.data.watch import Watch
 from sivae_dist.errors import UserError
 
@@ -110,6 +110,10 @@ class ShardsConfig(DataConfig):
             cache_dir=self.cache_dir,
             cache_gb=self.cache_gb,
         )
+
+    def check(self) -> None:
+        """Raises UserError for a cache that others may write to."""
+        check_cache(self.url, self.access())
 
     def at(self, sample_shape: tuple[int, ...]) -> ShardsConfig:
         """Of a folder with several resolutions that of the model. Raises UserError when it is not among them."""
@@ -222,6 +226,7 @@ class ShardStream:
 
     def __init__(self, config: ShardsConfig, *, seed: int, salt: int, rank: int, ranks: int) -> None:
         _check(config, rank, ranks)
+        config.check()
         self.config, self.rank, self.ranks = config, rank, ranks
         store = open_store(config.url, config.access())
         self.manifest = load_manifest(store)
@@ -251,7 +256,7 @@ class ShardStream:
         self.held_out_split = config.held_out_split if m.of(config.held_out_split) else config.split
         held_out = m.of(self.held_out_split)
         self._held_out = Settings(config.url, access, m, held_out, True, turbo, tolerance, reduce)
-        self._tell_of_small_cache(sum(s.bytes for s in shards))
+        self._tell_of_cache(sum(s.bytes for s in shards), sum(s.bytes for s in {*shards, *held_out}))
         self._running: weakref.WeakSet[_Batches] = weakref.WeakSet()
 
     def batches(self, start: int, size: int | Callable[[int], int]) -> Iterator[HostBatch]:
@@ -281,18 +286,22 @@ class ShardStream:
             one = 2 * sum(s.bytes for s in self._train.shards) // self.epoch_size
         return Slots(max(1, workers), each, count * one, shared=workers > 0)
 
-    def _tell_of_small_cache(self, total: int) -> None:
-        """Warns where blocks would be driven out of the cache before they are used up, and fetched again and again."""
+    def _tell_of_cache(self, trained: int, both: int) -> None:
+        """Warns, once a machine, of what makes reading slow: no cache that can be written, too little room for it, or
+        one so small that blocks are driven out before they are used up, and fetched again and again.
+        """
         local = _ranks_here()
-        if scheme_of(self.config.url) in ("", "file") or not self.config.cache_gb or self.rank % local:
+        if self.rank % local:
             return
+        told = [str(remark) for remark in remarks(self.config.url, self.config.access(), both)]
         lanes = self.config.lanes * min(1.0, local / self.ranks)
-        needed = min(float(total), lanes * (self.plan.window * total / self.epoch_size + BLOCK))
-        if needed > self.config.cache_gb * 1e9:
+        needed = min(float(trained), lanes * (self.plan.window * trained / self.epoch_size + BLOCK))
+        if uses_cache(self.config.url, self.config.access()) and needed > self.config.cache_gb * 1e9:
             what = (
                 f"data.cache_gb is {self.config.cache_gb:g}, but the lanes of this machine read {needed / 1e9:.1f} GB"
             )
-            text = f"{what} at a time: blocks will be fetched again and again. Raise it, or lower data.window"
+            told.append(f"{what} at a time: blocks will be fetched again and again. Raise it, or lower data.window")
+        for text in told:
             log.warning(text)
             print(text, file=sys.stderr, flush=True)
 

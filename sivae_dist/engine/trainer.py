@@ -62,6 +62,7 @@ class Trainer:
         self.group, self.device = self.launch.group, self.launch.device
         self.lock: RunLock | None = None
         agreement.check_start(self.group, config, self.device)
+        config.data.check()
         if writes and self.group.is_main:
             self.folder.create()
             self.lock = RunLock(self.folder.root)

@@ -149,7 +149,24 @@ def test_commands_look_at_what_lies_on_the_server(run: Runner, shards: Path, tmp
         refused(run("data", "verify", f"{web.url}/manifest.json", "--workers", 1, env=cache), "damaged: shard-00000")
         done = run("doctor", "--data", web.url, env=cache)
         assert "first and last sample of" in done.stdout, done
+        assert f"{tmp_path}/home/sivae-dist/data: 0.0 MB in use of 16 GB" in done.stdout, done
+        (tmp_path / "open").mkdir()
+        (tmp_path / "open").chmod(0o777)
+        done = run("doctor", "--data", web.url, "--cache-dir", tmp_path / "open", "--cache-gb", 3)
+        assert done.status == 1 and "everybody may write to the data cache" in done.stdout, done
     assert not (tmp_path / "home/sivae-dist").exists(), "they keep nothing"
+
+
+def test_a_shared_cache_is_refused_before_anything_is_built(run: Runner, packed: Path, tmp_path: Path) -> None:
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache").chmod(0o777)
+    with serving(packed) as web:
+        config = write_config(tmp_path / "c.yaml", web.url, data={"cache_dir": str(tmp_path / "cache")})
+        for extra in ((), ("--dry-run",)):
+            done = run("train", "--config", config, "--out", tmp_path / "run", *extra)
+            refused(done, "everybody may write to the data cache", "set data.cache_dir to a folder in it")
+        assert web.asked == []
+        assert not (tmp_path / "run").exists()
 
 
 def test_a_pipe_in_a_config_file_runs_nothing(run: Runner, packed: Path, tmp_path: Path) -> None:

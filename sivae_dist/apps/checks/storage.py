@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import resource
 import shutil
 import tempfile
@@ -67,6 +69,27 @@ def memory() -> list[Check]:
         what += f", container limit {int(text) / GB:.1f} GB"
         free = min(free, int(text) / GB)
     return [ok("memory", what) if free >= 2 else warning("memory", what, "end other programs, or lower data.workers")]
+
+
+def data_cache(url: str, folder: str, size_gb: float) -> list[Check]:
+    """Whether blocks of data elsewhere can be kept in that folder. Data of this machine need none."""
+    from sivae_dist.data.pyramid import addresses_of  # noqa: PLC0415
+    from sivae_dist.data.shard_read import load_manifest  # noqa: PLC0415
+    from sivae_dist.data.store import Access, open_store  # noqa: PLC0415
+    from sivae_dist.data.stores import room  # noqa: PLC0415
+    from sivae_dist.errors import UserError  # noqa: PLC0415
+
+    name, access = "data cache", Access(cache_dir=folder, cache_gb=size_gb)
+    if not room.uses_cache(url, access):
+        return []
+    room.check_cache(url, access)
+    size = math.inf
+    with contextlib.suppress(UserError):  # what is wrong with the data is told by the look at them
+        manifests = [load_manifest(open_store(level, Access(cache_gb=0))) for level in addresses_of(url) or (url,)]
+        size = max(sum(shard.bytes for shard in manifest.shards) for manifest in manifests)
+    if found := room.remarks(url, access, size):
+        return [warning(name, remark.what, remark.remedy) for remark in found]
+    return [ok(name, room.described(access))]
 
 
 def data(url: str) -> list[Check]:

@@ -125,6 +125,10 @@ class BlockCache:
         with contextlib.suppress(OSError):
             self._path(key).unlink()
 
+    def held(self) -> int:
+        """Bytes of all blocks that are there."""
+        return sum(size for _, size, _ in self._files())
+
     def close(self) -> None:
         """Closes files; the cache may be used again afterwards."""
         with self._lock:
@@ -155,21 +159,7 @@ class BlockCache:
 
     def _trust(self) -> None:
         """Raises UserError where others may put files into the folder, or links in the place of those written here."""
-        if self._trusted:
-            return
-        try:
-            facts = os.stat(self.folder)
-        except OSError:  # not there yet
-            return
-        if facts.st_uid != os.geteuid():
-            what = f"the data cache {self.folder} belongs to another user ({facts.st_uid}, this one is {os.geteuid()})"
-            raise UserError(what, "set data.cache_dir to a folder of your own; one that is not there yet is made")
-        if facts.st_mode & 0o002:
-            what = f"everybody may write to the data cache {self.folder}, and so decide what is trained on"
-            raise UserError(
-                what, f"chmod o-w {self.folder}, or set data.cache_dir to a folder in it, which is then made"
-            )
-        self._trusted = True
+        self._trusted = self._trusted or refuse_shared(self.folder)
 
     def _path(self, key: str) -> Path:
         return self.folder / "blocks" / key[:2] / key
@@ -263,6 +253,21 @@ class BlockCache:
                 except OSError:
                     continue
                 yield facts.st_mtime, facts.st_size, entry.path
+
+
+def refuse_shared(folder: Path) -> bool:
+    """Raises UserError where others may write into a folder. Returns whether it is there at all."""
+    try:
+        facts = os.stat(folder)
+    except OSError:  # not there yet
+        return False
+    if facts.st_uid != os.geteuid():
+        what = f"the data cache {folder} belongs to another user ({facts.st_uid}, this one is {os.geteuid()})"
+        raise UserError(what, "set data.cache_dir to a folder of your own; one that is not there yet is made")
+    if facts.st_mode & 0o002:
+        what = f"everybody may write to the data cache {folder}, and so decide what is trained on"
+        raise UserError(what, f"chmod o-w {folder}, or set data.cache_dir to a folder in it, which is then made")
+    return True
 
 
 def _scan(folder: Path | str) -> list[os.DirEntry[str]]:
