@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 from sivae_dist.errors import UserError
 
-INTERRUPTED = 130
+INTERRUPTED, TERMINATED = 130, 143
 _MACHINE = (  # what a file system or a limit answers, as opposed to a defect of this program
     "ENOSPC EDQUOT EROFS EIO EACCES EPERM EMFILE ENFILE ENOTDIR EISDIR ENAMETOOLONG ESTALE ENOENT ENODEV ENXIO"
 )
@@ -24,7 +24,7 @@ def guarded(command: Callable[[list[str]], None], arguments: list[str]) -> None:
     """Runs a command; what the user can mend is printed without a traceback and ends the process with status 2.
 
     Under several processes a message names its rank, and one that all ranks share is printed once. Ctrl-C gives status
-    130. Anything else is a defect of this program and keeps its traceback.
+    130, SIGTERM 143. Anything else is a defect of this program and keeps its traceback.
     """
     for stream in (sys.stdout, sys.stderr):  # names read from files may hold what the terminal cannot show
         if hasattr(stream, "reconfigure"):
@@ -34,10 +34,11 @@ def guarded(command: Callable[[list[str]], None], arguments: list[str]) -> None:
             command(arguments)
             if _several():
                 _leave(0)
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as interrupt:
             with contextlib.suppress(ValueError):
                 signal.signal(signal.SIGINT, signal.SIG_IGN)  # one is enough: no traceback from the clean-up
-            _leave(INTERRUPTED, "interrupted")
+            terminated = isinstance(interrupt, Terminated)
+            _leave(TERMINATED if terminated else INTERRUPTED, "terminated" if terminated else "interrupted")
         except BrokenPipeError:
             os._exit(0)
         except Exception as error:
@@ -54,10 +55,20 @@ def leave_at_once(number: int, frame: FrameType | None) -> None:
     os._exit(INTERRUPTED)
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, where it raises."""
+
+
 def interrupts_raise() -> None:
-    """From here on Ctrl-C raises KeyboardInterrupt, so that `finally` clauses clean up."""
+    """From here on Ctrl-C raises KeyboardInterrupt and SIGTERM a kind of it, so that `finally` clauses clean up."""
     with contextlib.suppress(ValueError):  # signals can be set in the main thread only
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, _terminated)
+
+
+def _terminated(number: int, frame: FrameType | None) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the clean-up is under way
+    raise Terminated
 
 
 @contextlib.contextmanager

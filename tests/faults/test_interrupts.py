@@ -1,7 +1,8 @@
-"""Ctrl-C at any moment: no traceback, and status 130 or a saved checkpoint. These need processes of their own."""
+"""Ctrl-C and SIGTERM at any moment: no traceback, and status 130 or a saved checkpoint. These need processes of their own."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 from commands import Runner, checkpoints, ended, start, until, write_config
 
-INTERRUPTED = 130
+INTERRUPTED, TERMINATED = 130, 143
 
 
 def control_c(process) -> None:
@@ -97,3 +98,35 @@ def test_while_packing(run: Runner, tmp_path: Path) -> None:
     # Only the number of scenes differs: the folder knows what it was.
     other = run("data", "scenes", out, "--count", 4001, *options)
     assert other.status == 2 and "partly packed, with other options" in other.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, INTERRUPTED), (signal.SIGTERM, TERMINATED)])
+def test_runs_that_another_command_started_save_and_end_with_it(tmp_path: Path, number: int, status: int) -> None:
+    words = ["--density", "rings", "--objective", "vae", "soft_introvae", "--seeds", "1", "--jobs", "2"]
+    process = start("-m", "sivae_dist", "toy", *words, "--out", str(tmp_path))
+    runs = [tmp_path / f"rings-{name}-seed0" for name in ("vae", "soft_introvae")]
+
+    def under_way() -> bool:
+        return all((run / "metrics.jsonl").is_file() and len((run / "metrics.jsonl").read_text()) > 0 for run in runs)
+
+    until(lambda: process.poll() is not None or under_way())
+    assert process.poll() is None, ended(process)
+    os.kill(process.pid, number)
+    done = ended(process)
+    assert done.status == status and "Traceback" not in done.output, done
+    left = trained_in(tmp_path)
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    assert not left
+    assert all(checkpoints(run) for run in runs)
+
+
+def trained_in(folder: Path) -> list[int]:
+    """Processes of this machine whose command line names the folder."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):
+            if entry.name.isdecimal() and str(folder).encode() in (entry / "cmdline").read_bytes():
+                found.append(int(entry.name))
+    return found
