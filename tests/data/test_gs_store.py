@@ -8,11 +8,10 @@ import socket
 import subprocess
 import sys
 import threading
-import urllib.request
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from urllib.parse import quote
 
 import pytest
+from buckets import GoogleBucket, fill, google_server
 
 from sivae_dist.data.faults import DataError, StorageError
 from sivae_dist.data.loader import ShardsConfig
@@ -21,47 +20,23 @@ from sivae_dist.data.store import Access, open_store
 
 pytestmark = pytest.mark.slow
 
-URL = "gs://data/sets/packed"
-
-
-class Bucket:
-    """What the tests do to the bucket `data`, over the same requests as any client's."""
-
-    def __init__(self, endpoint: str) -> None:
-        self.endpoint = endpoint
-
-    def ask(self, method: str, path: str, body: bytes | None = None) -> None:
-        headers = {"Content-Type": "application/json" if path == "/storage/v1/b" else "application/octet-stream"}
-        request = urllib.request.Request(self.endpoint + path, body, headers, method=method)
-        with urllib.request.urlopen(request, timeout=10) as answer:
-            assert answer.status < 300
-
-    def put(self, name: str, data: bytes) -> None:
-        self.ask("POST", f"/upload/storage/v1/b/data/o?uploadType=media&name={quote(name, safe='')}", data)
-
-    def delete(self, name: str) -> None:
-        self.ask("DELETE", f"/storage/v1/b/data/o/{quote(name, safe='')}")
+URL = GoogleBucket.url
 
 
 @pytest.fixture(scope="module")
 def endpoint():
-    from gcp_storage_emulator.server import create_server
-
-    server = create_server("127.0.0.1", 0, in_memory=True)
-    server.start()
-    yield "http://127.0.0.1:{1}".format(*server._api._httpd.server_address)
-    server.stop()
+    with google_server() as address:
+        yield address
 
 
 @pytest.fixture
 def bucket(endpoint, packed, monkeypatch):
-    monkeypatch.setenv("STORAGE_EMULATOR_HOST", endpoint)
-    found = Bucket(endpoint)
-    found.ask("POST", "/storage/v1/b", json.dumps({"name": "data"}).encode())
-    for path in packed.iterdir():
-        found.put(f"sets/packed/{path.name}", path.read_bytes())
+    found = GoogleBucket(endpoint)
+    for name, value in found.env.items():
+        monkeypatch.setenv(name, value)
+    fill(found, packed)
     yield found
-    found.ask("GET", "/wipe")
+    found.wipe()
 
 
 def access(tmp_path, **changes) -> Access:

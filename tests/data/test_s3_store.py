@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from buckets import S3Bucket, fill, s3_server
 
 from sivae_dist.data.faults import DataError, StorageError
 from sivae_dist.data.loader import ShardsConfig
@@ -14,32 +15,18 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def endpoint():
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    server.start()
-    yield "http://127.0.0.1:{1}".format(*server.get_host_and_port())
-    server.stop()
+    with s3_server() as address:
+        yield address
 
 
 @pytest.fixture
 def bucket(endpoint, packed, monkeypatch):
-    import boto3
-
-    for name, value in {
-        "AWS_ACCESS_KEY_ID": "AKIAEXAMPLE",
-        "AWS_SECRET_ACCESS_KEY": "geheim",
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_ENDPOINT_URL": endpoint,
-    }.items():
+    found = S3Bucket(endpoint)
+    for name, value in found.env.items():
         monkeypatch.setenv(name, value)
-    client = boto3.client("s3")
-    client.create_bucket(Bucket="data")
-    for path in packed.iterdir():
-        client.upload_file(str(path), "data", f"sets/packed/{path.name}")
-    yield client
-    for entry in client.list_objects_v2(Bucket="data").get("Contents", []):
-        client.delete_object(Bucket="data", Key=entry["Key"])
+    fill(found, packed)
+    yield found
+    found.wipe()
 
 
 def access(tmp_path, **changes) -> Access:
@@ -64,17 +51,17 @@ def test_faults(bucket, tmp_path, packed, monkeypatch):
     manifest = load_manifest(store)
     assert store.size("shard-000000.tar") == manifest.shards[0].bytes
     reader = ShardReader(store, manifest, manifest.shards)
-    bucket.delete_object(Bucket="data", Key="sets/packed/shard-000001.index")
+    bucket.delete("sets/packed/shard-000001.index")
     with pytest.raises(DataError, match=r"shard-000001\.index is missing"):
         reader.encoded(1, 0)
     tar = (packed / "shard-000002.tar").read_bytes()
     reader.index(2)
-    bucket.put_object(Bucket="data", Key="sets/packed/shard-000002.tar", Body=tar[:700])
+    bucket.put("sets/packed/shard-000002.tar", tar[:700])
     with pytest.raises(DataError, match="truncated"):
         reader.encoded(2, 0)
     with pytest.raises(DataError, match=r"has no byte|truncated"):
         reader.encoded(2, manifest.shards[2].count - 1)
-    bucket.put_object(Bucket="data", Key="sets/packed/shard-000002.tar", Body=bytes(len(tar)))
+    bucket.put("sets/packed/shard-000002.tar", bytes(len(tar)))
     reader = ShardReader(store, manifest, manifest.shards)  # the old one knows that this shard is bad
     with pytest.raises(DataError, match="checksum differs"):
         reader.encoded(2, 0)
