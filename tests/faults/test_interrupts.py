@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM at any moment: no traceback, and status 130, 143 or a saved checkpoint. In processes of their own."""
+"""Ctrl-C and SIGTERM at any moment: no traceback, and status 130, 143 or a saved checkpoint. As processes."""
 
 from __future__ import annotations
 
