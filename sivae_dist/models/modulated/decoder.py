@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -11,12 +10,10 @@ from torch import Tensor, nn
 from sivae_dist.models.base import DecoderDraws
 from sivae_dist.models.blocks import Block
 from sivae_dist.models.modulated.layers import Fir, StyledConv, ToRgb
+from sivae_dist.models.modulated.settings import ModulatedSettings
 from sivae_dist.models.style.layers import Mapping, wide
 from sivae_dist.models.style.styled import MapNoise, StyledDecoder, noise_map
 from sivae_dist.ops import setup_filter, upsample2d
-
-if TYPE_CHECKING:
-    from sivae_dist.models.modulated.config import ModulatedConfig
 
 
 class DecoderBlock(Block):
@@ -25,7 +22,7 @@ class DecoderBlock(Block):
     Layers: convolution with x2 (not in the first), convolution, toRGB, which has the style of the layer after it.
     """
 
-    def __init__(self, config: ModulatedConfig, index: int) -> None:
+    def __init__(self, config: ModulatedSettings, index: int) -> None:
         super().__init__()
         self.index, self.noise = index, config.noise
         width, latent, spread = config.width(4 << index), config.latent_size, config.style_spread
@@ -64,7 +61,7 @@ class DecoderBlock(Block):
 class ModulatedDecoder(StyledDecoder):
     """S = image_size. Layers: a convolution at 4 pixels, two at every finer level, and the last toRGB."""
 
-    def __init__(self, config: ModulatedConfig) -> None:
+    def __init__(self, config: ModulatedSettings) -> None:
         latent = config.latent_size
         super().__init__(
             Mapping([latent] * (config.mapping_layers + 1), multiplier=config.mapping_multiplier),

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import itertools
 import math
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from sivae_dist.models.blocks import Block
 from sivae_dist.models.modulated.layers import Conv, Fir, make_norm
+from sivae_dist.models.modulated.settings import ModulatedSettings
 from sivae_dist.models.posterior import Posterior
 from sivae_dist.models.style.layers import Linear, lr_multipliers
 from sivae_dist.ops import bias_act, downsample2d
-
-if TYPE_CHECKING:
-    from sivae_dist.models.modulated.config import ModulatedConfig
 
 HEAD_START = 0.1  # of the head's weights, not of their learning rate: the posterior starts close to N(0, 1)
 HALF = math.sqrt(0.5)  # of both summands, so that the sum has the second moment of either
@@ -33,7 +30,7 @@ class EncoderBlock(Block):
     still reaches the head.
     """
 
-    def __init__(self, config: ModulatedConfig, width_in: int, width_out: int) -> None:
+    def __init__(self, config: ModulatedSettings, width_in: int, width_out: int) -> None:
         super().__init__()
         self.fir = Fir(config.resample_filter)
         self.norm = make_norm(config.encoder_norm, width_in)
@@ -51,7 +48,7 @@ class EncoderBlock(Block):
 class ModulatedEncoder(nn.Module):
     """x (B, C, S, S) -> Posterior over (B, latent_size)."""
 
-    def __init__(self, config: ModulatedConfig) -> None:
+    def __init__(self, config: ModulatedSettings) -> None:
         super().__init__()
         sizes = [4 << i for i in reversed(range(config.layer_count))]
         widths = [config.width(size) for size in sizes]

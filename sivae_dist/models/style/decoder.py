@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,13 +19,9 @@ from sivae_dist.models.style.layers import (
     blur,
     wide,
 )
+from sivae_dist.models.style.settings import Noise, StyleSettings
 from sivae_dist.models.style.styled import StyledDecoder, noise_map
 from sivae_dist.ops import adain_act
-
-if TYPE_CHECKING:
-    from sivae_dist.models.style.config import StyleConfig
-
-Noise = Literal["random", "batch_constant", "fixed", "off", "published_bump"]
 
 EPS = 1e-8  # of the decoder's instance norms
 TO_RGB_GAIN = 0.03
@@ -101,7 +96,7 @@ class NoiseSource:
 class StyleDecoder(StyledDecoder):
     """S = 4 * 2^level; two layers a level."""
 
-    def __init__(self, config: StyleConfig) -> None:
+    def __init__(self, config: StyleSettings) -> None:
         layers, latent = config.layer_count, config.latent_size
         super().__init__(
             Mapping([latent] * (config.mapping_layers + 1)),

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -21,10 +19,8 @@ from sivae_dist.models.style.layers import (
     lr_multipliers,
     wide,
 )
+from sivae_dist.models.style.settings import StyleSettings
 from sivae_dist.ops import adain_act
-
-if TYPE_CHECKING:
-    from sivae_dist.models.style.config import StyleConfig
 
 EPS = 1e-5  # of the encoder's instance norms
 
@@ -67,7 +63,7 @@ class EncoderBlock(Block):
 class StyleEncoder(nn.Module):
     """x (B, C, S, S) with S = 4 * 2^level -> Posterior over (B, latent_size)."""
 
-    def __init__(self, config: StyleConfig) -> None:
+    def __init__(self, config: StyleSettings) -> None:
         super().__init__()
         layers, latent = config.layer_count, config.latent_size
         widths = [min(config.maxf, config.startf * 2**i) for i in range(layers + 1)]
