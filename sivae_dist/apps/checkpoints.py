@@ -6,9 +6,9 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from sivae_dist.config import from_dict, read_yaml
 from sivae_dist.engine import checkpoint
 from sivae_dist.engine.checkpoint_writer import CheckpointConfig, best_checkpoint, kept
+from sivae_dist.engine.config import from_dict, read_yaml
 from sivae_dist.engine.run_folder import RunFolder, write_atomic
 from sivae_dist.engine.run_lock import RunLock
 from sivae_dist.errors import UserError

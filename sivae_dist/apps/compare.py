@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import torch
 
-from sivae_dist.config import RunConfig, from_dict, read_yaml, to_dict
+from sivae_dist.engine.config import RunConfig, from_dict, read_yaml, to_dict
 from sivae_dist.engine.run_folder import RunFolder
 from sivae_dist.engine.tracking import read_metrics
 from sivae_dist.errors import UserError

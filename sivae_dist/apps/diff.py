@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from sivae_dist.config import from_dict, read_yaml, to_dict
 from sivae_dist.engine.agreement import OWN, flat
+from sivae_dist.engine.config import from_dict, read_yaml, to_dict
 from sivae_dist.engine.run_folder import RunFolder
 from sivae_dist.engine.tracking import read_metrics
 from sivae_dist.errors import UserError

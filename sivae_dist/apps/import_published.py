@@ -9,8 +9,8 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from sivae_dist.config import RunConfig, from_dict, merge, read_yaml, to_dict, to_yaml
 from sivae_dist.engine import checkpoint
+from sivae_dist.engine.config import RunConfig, from_dict, merge, read_yaml, to_dict, to_yaml
 from sivae_dist.engine.run_folder import RunFolder, environment, write_atomic, write_json
 from sivae_dist.errors import UserError
 from sivae_dist.interop import published

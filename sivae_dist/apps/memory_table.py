@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sivae_dist.config import RunConfig, from_dict, read_yaml
+from sivae_dist.engine.config import RunConfig, from_dict, read_yaml
 from sivae_dist.engine.precision import Dtype
 from sivae_dist.engine.predict_memory import Case, Prediction, predict
 from sivae_dist.errors import UserError

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 
 from sivae_dist import counters
-from sivae_dist.config import RunConfig, from_dict
 from sivae_dist.data.shard_read import load_manifest
 from sivae_dist.data.store import open_store
+from sivae_dist.engine.config import RunConfig, from_dict
 from sivae_dist.engine.iteration import one_hot, statistics_only_of
 from sivae_dist.engine.trainer import Trainer
 from sivae_dist.errors import UserError

@@ -19,7 +19,7 @@ from typing import IO, Literal, get_args
 
 from tqdm import tqdm
 
-from sivae_dist.config import RunConfig, from_dict, read_yaml, to_yaml
+from sivae_dist.engine.config import RunConfig, from_dict, read_yaml, to_yaml
 from sivae_dist.engine.run_folder import RunFolder, write_atomic
 from sivae_dist.errors import UserError
 from sivae_dist.resources import configs_dir

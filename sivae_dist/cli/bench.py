@@ -222,7 +222,7 @@ def checkpoint(config: Path, /, *, checkpoints: int = 3, out: Path | None = None
         json: Print for programs.
     """
     from sivae_dist.apps.bench import checkpoint as app  # noqa: PLC0415 (--help stays quick)
-    from sivae_dist.config import from_dict, read_yaml  # noqa: PLC0415
+    from sivae_dist.engine.config import from_dict, read_yaml  # noqa: PLC0415
 
     if checkpoints < 1:
         raise UserError(f"--checkpoints is {checkpoints}, expected 1 or more", "3 is usual")

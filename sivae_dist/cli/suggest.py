@@ -37,9 +37,9 @@ def suggest(
         run: Keep the warm-up as a run in this folder.
     """
     from sivae_dist.apps import suggest as app  # noqa: PLC0415 (keeps --help quick)
-    from sivae_dist.config import merge, read_yaml  # noqa: PLC0415
     from sivae_dist.data.shard_read import load_manifest  # noqa: PLC0415
     from sivae_dist.data.store import open_store  # noqa: PLC0415
+    from sivae_dist.engine.config import merge, read_yaml  # noqa: PLC0415
 
     if images < 0 or minutes <= 0 or not 0 < width <= 16 or (beta_rec is not None and beta_rec <= 0):
         raise UserError(

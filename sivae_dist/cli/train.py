@@ -12,7 +12,7 @@ from typing import Annotated
 import tyro
 
 from sivae_dist.cli.errors import guarded
-from sivae_dist.config import NAMED, RunConfig, from_dict, merge, read_yaml, to_dict, to_yaml
+from sivae_dist.engine.config import NAMED, RunConfig, from_dict, merge, read_yaml, to_dict, to_yaml
 
 PROG = "sivae-dist train"
 TELL_S = 15.0  # the first rank to end makes the launcher end the others: time for rank 0 to tell and end first

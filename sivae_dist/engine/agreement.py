@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from sivae_dist import resources
-from sivae_dist.config import RunConfig, to_dict
 from sivae_dist.distributed.consistency import agree, agree_on_tensors
 from sivae_dist.distributed.group import Group
 from sivae_dist.distributed.strategy import Strategy
+from sivae_dist.engine.config import RunConfig, to_dict
 from sivae_dist.engine.logs import log
 from sivae_dist.engine.run_folder import PACKAGES
 from sivae_dist.errors import UserError

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from sivae_dist import counters
-from sivae_dist.config import RunConfig, from_dict
 from sivae_dist.engine import checkpoint
+from sivae_dist.engine.config import RunConfig, from_dict
 from sivae_dist.engine.draws import own_draws
 from sivae_dist.engine.precision import Precision, wide
 from sivae_dist.errors import UserError

@@ -26,11 +26,11 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sivae_dist.config import RunConfig
 from sivae_dist.data import Batch
 from sivae_dist.distributed.group import Group
 from sivae_dist.distributed.replicated import Replicated
 from sivae_dist.distributed.sync_batch_norm import synchronise_batch_norm
+from sivae_dist.engine.config import RunConfig
 from sivae_dist.engine.ema import Ema
 from sivae_dist.engine.iteration import Iteration
 from sivae_dist.engine.loss_scale import LossScales

@@ -7,10 +7,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from sivae_dist.config import RunConfig, from_dict, to_dict
 from sivae_dist.data import Stream
 from sivae_dist.engine import checkpoint
 from sivae_dist.engine.checkpoint import Snapshot
+from sivae_dist.engine.config import RunConfig, from_dict, to_dict
 from sivae_dist.engine.run_folder import RunFolder
 from sivae_dist.errors import UserError
 from sivae_dist.models import Autoencoder

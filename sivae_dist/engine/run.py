@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from sivae_dist.config import RunConfig
+from sivae_dist.engine.config import RunConfig
 from sivae_dist.engine.logs import rank_log
 from sivae_dist.engine.trainer import Trainer
 

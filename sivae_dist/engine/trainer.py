@@ -13,7 +13,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sivae_dist.config import RunConfig, to_dict, to_yaml
 from sivae_dist.data import HostBatch, Stream
 from sivae_dist.data.ahead import DevicePrefetcher
 from sivae_dist.distributed import launch as launching
@@ -24,6 +23,7 @@ from sivae_dist.distributed.sync_batch_norm import synchronise_batch_norm
 from sivae_dist.engine import agreement, checkpoint, checkpoint_sharded, host_memory, resume
 from sivae_dist.engine.checkpoint import Snapshot
 from sivae_dist.engine.clock import Clock, memory
+from sivae_dist.engine.config import RunConfig, to_dict, to_yaml
 from sivae_dist.engine.controller import Controller
 from sivae_dist.engine.ema import Ema
 from sivae_dist.engine.evaluate_points import evaluator_for

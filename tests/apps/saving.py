@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from sivae_dist.config import RunConfig, from_dict, to_dict
 from sivae_dist.engine import checkpoint
+from sivae_dist.engine.config import RunConfig, from_dict, to_dict
 from sivae_dist.models import Autoencoder
 
 STYLE = {

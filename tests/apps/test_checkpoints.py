@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from sivae_dist.cli import main
-from sivae_dist.config import from_dict, to_dict, to_yaml
 from sivae_dist.engine import checkpoint
 from sivae_dist.engine.checkpoint_writer import CheckpointConfig, CheckpointWriter
+from sivae_dist.engine.config import from_dict, to_dict, to_yaml
 from sivae_dist.engine.run_lock import RunLock
 
 PSNR = {100: 11.0, 200: 14.0, 300: 12.0, 400: None, 500: 13.0, 600: 12.5}

@@ -15,7 +15,7 @@ from saving import MODULATED, RESIDUAL
 from sivae_dist.apps import compare as app
 from sivae_dist.apps import compare_report as report
 from sivae_dist.cli import main
-from sivae_dist.config import from_dict, to_yaml
+from sivae_dist.engine.config import from_dict, to_yaml
 from sivae_dist.errors import UserError
 
 COLOUR = (90, 10, 200)

@@ -12,9 +12,9 @@ import torch
 
 from sivae_dist.apps import diff as app
 from sivae_dist.cli import main
-from sivae_dist.config import from_dict
 from sivae_dist.data.toy2d import Toy2dStream
 from sivae_dist.distributed.replicated import Replicated
+from sivae_dist.engine.config import from_dict
 from sivae_dist.engine.fingerprints import Fingerprints
 from sivae_dist.engine.iteration import Iteration
 from sivae_dist.engine.run import train

@@ -15,7 +15,7 @@ from PIL import Image
 from sivae_dist.apps import toy, toy_report
 from sivae_dist.apps.toy import Job
 from sivae_dist.cli import main
-from sivae_dist.config import from_dict, to_dict, to_yaml
+from sivae_dist.engine.config import from_dict, to_dict, to_yaml
 from sivae_dist.engine.run_folder import RunFolder
 from sivae_dist.errors import UserError
 from sivae_dist.models.mlp import MlpConfig

@@ -15,7 +15,6 @@ from web import How, serving
 import sivae_dist
 from sivae_dist.apps.checks import storage
 from sivae_dist.cli import main
-from sivae_dist.config import from_dict
 from sivae_dist.data import pack as pack_module
 from sivae_dist.data.loader import ShardsConfig
 from sivae_dist.data.manifest import FILE_NAME
@@ -25,6 +24,7 @@ from sivae_dist.data.pyramid import addresses_of, disagreements, levels_of
 from sivae_dist.data.shard_read import ShardReader, load_index, load_manifest
 from sivae_dist.data.sources.folder import FolderSource
 from sivae_dist.data.store import FolderStore
+from sivae_dist.engine.config import from_dict
 from sivae_dist.engine.judge import judge
 from sivae_dist.errors import UserError
 

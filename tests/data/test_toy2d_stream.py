@@ -9,10 +9,10 @@ import pytest
 import torch
 
 import sivae_dist
-from sivae_dist.config import from_dict
 from sivae_dist.data import HostBatch
 from sivae_dist.data.toy2d import DENSITIES, EXTENT, Density, Toy2dConfig, Toy2dStream
 from sivae_dist.engine import checkpoint
+from sivae_dist.engine.config import from_dict
 from sivae_dist.errors import UserError
 
 each = pytest.mark.parametrize("density", DENSITIES)

@@ -18,11 +18,11 @@ from test_ranks_differ import SETTINGS
 import sivae_dist
 from sivae_dist.apps.diff import diff
 from sivae_dist.apps.diff_report import summary
-from sivae_dist.config import from_dict
 from sivae_dist.distributed import parts
 from sivae_dist.distributed.group import Group
 from sivae_dist.distributed.replicated import Replicated
 from sivae_dist.engine import checkpoint, checkpoint_sharded
+from sivae_dist.engine.config import from_dict
 from sivae_dist.engine.run import train
 from sivae_dist.errors import UserError
 

@@ -14,10 +14,10 @@ from pathlib import Path
 import torch
 
 from sivae_dist import counters
-from sivae_dist.config import from_dict, read_yaml
 from sivae_dist.data import Batch
 from sivae_dist.distributed.replicated import Replicated
 from sivae_dist.engine.clock import memory
+from sivae_dist.engine.config import from_dict, read_yaml
 from sivae_dist.engine.ema import Ema
 from sivae_dist.engine.iteration import Iteration
 from sivae_dist.engine.precision import Precision

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from running import ROOT, environment
 
-from sivae_dist.config import from_dict, read_yaml
+from sivae_dist.engine.config import from_dict, read_yaml
 from sivae_dist.engine.predict_memory import Case, predict
 
 # Recipe -> bound in GiB of the peak of the whole process (resident set), everything recomputed, one image, float32:

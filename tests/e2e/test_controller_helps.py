@@ -10,7 +10,7 @@ import pytest
 from running import sivae_dist
 
 import sivae_dist as package
-from sivae_dist.config import from_dict
+from sivae_dist.engine.config import from_dict
 
 CONTROLLER = {"enabled": True, "kl_gap": 0.15, "rate": 16, "every_kimg": 0.25}  # in a hurry, for a short run
 KIMG, SETTLED = 14, 7000  # length; images after which the controller must have done its work

@@ -12,7 +12,7 @@ from PIL import Image
 from running import SMALL, final_files, results
 
 import sivae_dist
-from sivae_dist.config import from_dict
+from sivae_dist.engine.config import from_dict
 from sivae_dist.engine.progressive import GrowthConfig
 from sivae_dist.errors import UserError
 

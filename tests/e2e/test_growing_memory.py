@@ -13,9 +13,9 @@ from test_growing import growing
 
 import sivae_dist
 from sivae_dist import counters
-from sivae_dist.config import from_dict
 from sivae_dist.data import Batch
 from sivae_dist.distributed.replicated import Replicated
+from sivae_dist.engine.config import from_dict
 from sivae_dist.engine.ema import Ema
 from sivae_dist.engine.growing import Growing
 from sivae_dist.engine.iteration import Iteration

@@ -14,7 +14,7 @@ from launching import accelerate_launch
 from running import ROOT, environment, final_files, results
 
 import sivae_dist
-from sivae_dist.config import from_dict, merge, read_yaml
+from sivae_dist.engine.config import from_dict, merge, read_yaml
 from sivae_dist.engine.iteration import Iteration
 
 DRIVER = str(Path(__file__).with_name("poisons.py"))

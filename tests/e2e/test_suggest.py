@@ -13,7 +13,7 @@ from running import SMALL, sivae_dist
 
 from sivae_dist.apps.suggest import LEAD, Measured, default_model, propose_hinge, propose_soft
 from sivae_dist.cli.suggest import suggest
-from sivae_dist.config import from_dict, read_yaml
+from sivae_dist.engine.config import from_dict, read_yaml
 from sivae_dist.errors import UserError
 
 

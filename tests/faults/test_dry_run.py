@@ -14,7 +14,7 @@ import yaml
 from commands import Runner, refused, write_config
 from torch import nn
 
-from sivae_dist.config import from_dict, read_yaml
+from sivae_dist.engine.config import from_dict, read_yaml
 from sivae_dist.engine.dry_run import times_due
 from sivae_dist.engine.dry_run_measure import Stretch
 from sivae_dist.engine.schedule import due

@@ -20,7 +20,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from mutations import DEEP, changed_bytes, changed_json, text_of
 
-from sivae_dist.config import from_dict, read_yaml, to_dict
 from sivae_dist.data.manifest import Manifest, checksum
 from sivae_dist.data.pyramid_file import PyramidFile
 from sivae_dist.data.shard_read import ShardReader
@@ -28,6 +27,7 @@ from sivae_dist.data.store import FolderStore
 from sivae_dist.data.stores.base import Events, Expected
 from sivae_dist.data.verify import verify
 from sivae_dist.engine import checkpoint
+from sivae_dist.engine.config import from_dict, read_yaml, to_dict
 from sivae_dist.engine.ema import Ema, EmaConfig
 from sivae_dist.errors import UserError
 

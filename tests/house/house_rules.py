@@ -16,7 +16,7 @@ LAYER = (
     dict.fromkeys(FOUNDATION, 0)
     | {"ops": 1}
     | dict.fromkeys(MIDDLE, 2)
-    | dict.fromkeys(("apps", "engine", "config"), 3)
+    | dict.fromkeys(("apps", "engine"), 3)
     | dict.fromkeys(("cli", "train", "__main__", "__init__"), 4)
 )
 # Rooms with a shorter list than their layer would give them.

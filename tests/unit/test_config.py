@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from sivae_dist.cli.train import parse
-from sivae_dist.config import RunConfig, from_dict, read_yaml, to_dict, to_yaml
+from sivae_dist.engine.config import RunConfig, from_dict, read_yaml, to_dict, to_yaml
 from sivae_dist.errors import UserError
 from sivae_dist.objectives.introvae import IntroVaeConfig
 

@@ -19,8 +19,8 @@ from memory_data import MemoryConfig
 from safetensors.torch import load_file
 
 import sivae_dist
-from sivae_dist.config import RunConfig, from_dict
 from sivae_dist.engine import checkpoint
+from sivae_dist.engine.config import RunConfig, from_dict
 from sivae_dist.models import ModelConfig
 from sivae_dist.registry import components
 

@@ -14,7 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 from sivae_dist.apps import memory_table
 from sivae_dist.apps.memory_table import Wish
 from sivae_dist.cli import main
-from sivae_dist.config import RunConfig, from_dict, read_yaml
+from sivae_dist.engine.config import RunConfig, from_dict, read_yaml
 from sivae_dist.engine.predict_memory import Case, follow, predict
 from sivae_dist.engine.storages import Storages
 from sivae_dist.errors import UserError

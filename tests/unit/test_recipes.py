@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sivae_dist.config import RunConfig, from_dict, read_yaml
+from sivae_dist.engine.config import RunConfig, from_dict, read_yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = {path.stem: path for path in sorted((ROOT / "configs").rglob("*.yaml"))}

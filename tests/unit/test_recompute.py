@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from sivae_dist import counters
-from sivae_dist.config import from_dict
 from sivae_dist.data import Batch
 from sivae_dist.distributed.replicated import Replicated
+from sivae_dist.engine.config import from_dict
 from sivae_dist.engine.iteration import Iteration
 from sivae_dist.engine.optim import OptimConfig
 from sivae_dist.engine.precision import Precision

@@ -14,9 +14,9 @@ import pytest
 from memory_data import MemoryConfig
 
 import sivae_dist
-from sivae_dist.config import RunConfig, from_dict
 from sivae_dist.engine import checkpoint
 from sivae_dist.engine.clock import Clock
+from sivae_dist.engine.config import RunConfig, from_dict
 from sivae_dist.engine.iteration import Iteration
 from sivae_dist.models.residual import ResidualConfig
 

@@ -16,13 +16,13 @@ from typing import Literal
 
 import torch
 
-from sivae_dist.config import RunConfig, to_dict
 from sivae_dist.data import Batch
 from sivae_dist.distributed import launch as launching
 from sivae_dist.distributed import strategies
 from sivae_dist.distributed.group import Group
 from sivae_dist.distributed.sync_batch_norm import synchronise_batch_norm
 from sivae_dist.engine import agreement, checkpoint, checkpoint_sharded
+from sivae_dist.engine.config import RunConfig, to_dict
 from sivae_dist.engine.ema import Ema
 from sivae_dist.engine.iteration import Iteration
 from sivae_dist.engine.trainer import build_objective

@@ -25,11 +25,11 @@ from multiprocessing.connection import Connection
 import torch
 from torch import Tensor
 
-from sivae_dist.config import RunConfig, from_dict, read_yaml
 from sivae_dist.data import HostBatch
 from sivae_dist.distributed.group import Group
 from sivae_dist.distributed.replicated import Replicated
 from sivae_dist.engine import host_memory
+from sivae_dist.engine.config import RunConfig, from_dict, read_yaml
 from sivae_dist.engine.ema import Ema
 from sivae_dist.engine.iteration import Iteration
 from sivae_dist.engine.meters import Meters
