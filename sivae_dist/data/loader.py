@@ -30,7 +30,7 @@ from sivae_dist.data.shard_read import load_manifest
 from sivae_dist.data.slots import Slots
 from sivae_dist.data.store import Access, open_store
 from sivae_dist.data.stores.cache import BLOCK
-from sivae_dist.data.stores.room import check_cache, remarks, uses_cache
+from sivae_dist.data.stores.room import check_cache, remarks, size_of, uses_cache
 from sivae_dist.data.watch import Watch
 from sivae_dist.errors import UserError
 
@@ -297,13 +297,10 @@ class ShardStream:
         lanes = self.config.lanes * min(1.0, local / self.ranks)
         needed = min(float(trained), lanes * (self.plan.window * trained / self.epoch_size + BLOCK))
         if uses_cache(self.config.url, self.config.access()) and needed > self.config.cache_gb * 1e9:
-            what = (
-                f"data.cache_gb is {self.config.cache_gb:g}, but the lanes of this machine read {needed / 1e9:.1f} GB"
-            )
+            what = f"data.cache_gb is {self.config.cache_gb:g}, but the lanes of this machine read {size_of(needed)}"
             told.append(f"{what} at a time: blocks will be fetched again and again. Raise it, or lower data.window")
         for text in told:
-            log.warning(text)
-            print(text, file=sys.stderr, flush=True)
+            _tell(text)
 
     def held_out(self, limit: int, batch: int = 32) -> list[HostBatch]:
         """Every ranks-th of the first `limit` samples of `held_out_split`; position is the number in shard order."""
@@ -329,8 +326,7 @@ class ShardStream:
         what = f"{len(faults)} of {asked} held-out pictures cannot be used, the first: {faults[0].what}"
         if len(faults) > self.config.losses_allowed(0, asked):
             raise UserError(what, "copy the shards again, or raise data.max_skipped")
-        log.warning(what)
-        print(f"{what}; they are left out", file=sys.stderr, flush=True)
+        _tell(f"{what}; they are left out")
 
     def close(self) -> None:
         """Ends worker processes and closes files."""
@@ -348,6 +344,13 @@ def _without_faults(batch: HostBatch) -> HostBatch:
     good = ~torch.isin(batch.position, torch.tensor([fault.position for fault in batch.report.faults]))
     label = None if batch.label is None else batch.label[good]
     return HostBatch(batch.data[good], batch.position[good], label, None, batch.report)
+
+
+def _tell(text: str) -> None:
+    """On the terminal and in the rank's log, where that is open: else logging would print it a second time."""
+    if log.hasHandlers():
+        log.warning(text)
+    print(text, file=sys.stderr, flush=True)
 
 
 def _ranks_here() -> int:

@@ -197,3 +197,30 @@ def test_a_cache_that_cannot_be_written_is_none(packed, tmp_path, place):
     events = store.events.take()
     assert len(events.notes) == 1 and "reading without it" in events.notes[0]
     assert events.counts["cache_refused"] > 10
+
+
+def test_a_disk_that_fills_up_while_blocks_are_fetched_ahead(packed, tmp_path, monkeypatch):
+    """What cannot be kept any more is not asked for ahead: a range of no bytes is none."""
+    monkeypatch.setattr("sivae_dist.data.stores.remote._AT_ONCE", 1)
+    with serving(packed) as web:
+        store = open_store(web.url, Access(cache_dir=str(tmp_path / "cache"), cache_gb=0.01))
+        manifest = load_manifest(store)
+        write, calls = store.cache._write, []
+
+        def fills_up(key, data):
+            calls.append(key)
+            if len(calls) > len(manifest.shards) + 1:  # all indices and one block
+                raise OSError(errno.ENOSPC, "No space left on device")
+            write(key, data)
+
+        monkeypatch.setattr(store.cache, "_write", fills_up)
+        reader, truth = (
+            ShardReader(store, manifest, manifest.shards),
+            ShardReader(FolderStore(packed), manifest, manifest.shards),
+        )
+        everything = [(shard, number) for shard, info in enumerate(manifest.shards) for number in range(info.count)]
+        reader.prepare(*zip(*everything, strict=True))
+        assert len(calls) == len(manifest.shards) + 2
+        assert all("--" not in asked.headers.get("range", "") for asked in web.asked)
+        for shard, number in everything:
+            assert reader.encoded(shard, number) == truth.encoded(shard, number)

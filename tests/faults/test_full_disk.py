@@ -143,5 +143,7 @@ def test_under_the_data_cache(inside: Runner, packed: Path, tmp_path: Path) -> N
     assert "cannot write the data cache" in done.stderr
     assert "No space left on device" in done.stderr
     assert done.stderr.count("cannot write the data cache") == 1
-    assert "has room for" in done.stderr and "Make room, or set data.cache_dir" in done.stderr, "told at the start, too"
+    assert done.stderr.count("has room for") == 1 and "Make room, or set data.cache_dir" in done.stderr, (
+        "told at the start, too"
+    )
     assert "data/cache_refused" in (tmp_path / "run/metrics.jsonl").read_text()

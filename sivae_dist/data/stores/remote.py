@@ -142,7 +142,7 @@ class RemoteStore:
         return f"{expected.sha256}-{size >> 10}k-{number}"
 
     def _cached(self, cache: BlockCache, name: str, expected: Expected, number: int, begin: int, length: int) -> bytes:
-        """Some bytes of one block, which is fetched when it is not there."""
+        """Some bytes of one block, which is fetched when it is not there. length 0: only to have it in the cache."""
         key, count = self._key(expected, number), self.events.count
         data = cache.read(key, begin, length)
         if data is not None:
@@ -152,6 +152,8 @@ class RemoteStore:
         place = number * cache.block
         if not self._whole_files_only:
             if not cache.accepts():
+                if not length:  # only to be kept, and there is no room any more
+                    return b""
                 count("cache_refused")
                 return self._range(name, place + begin, length)
             with cache.lock(key, until):

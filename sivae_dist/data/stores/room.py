@@ -61,8 +61,8 @@ def remarks(url: str, access: Access, size: float) -> list[Remark]:
     if free + held >= wanted:
         return []
     room = free + held
-    what = f"the data cache {folder} has room for {_size(room)} ({_size(free)} free, {_size(held)} in use)"
-    told = f"{what} of the {_size(wanted)} it may take: when the disk is full, each picture will be a request"
+    what = f"the data cache {folder} has room for {size_of(room)} ({size_of(free)} free, {size_of(held)} in use)"
+    told = f"{what} of the {size_of(wanted)} it may take: when the disk is full, each picture will be a request"
     smaller = f", set data.cache_gb to {0.9 * room / _GB:.2g}" if room >= _WORTH else ""
     return [Remark(told, f"make room{smaller}, or set data.cache_dir to a folder on a larger disk")]
 
@@ -70,8 +70,9 @@ def remarks(url: str, access: Access, size: float) -> list[Remark]:
 def described(access: Access) -> str:
     """The cache in a few words, for reports."""
     folder = access.cache_folder()
-    return f"{folder}: {_size(BlockCache(folder, 1, Events()).held())} in use of {access.cache_gb:g} GB"
+    return f"{folder}: {size_of(BlockCache(folder, 1, Events()).held())} in use of {access.cache_gb:g} GB"
 
 
-def _size(count: float) -> str:
+def size_of(count: float) -> str:
+    """Bytes for people."""
     return f"{count / _GB:.1f} GB" if count >= 0.1 * _GB else f"{count / 1e6:.1f} MB"
