@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from sivae_dist.cli.errors import interrupts_raise
+from sivae_dist.data.files import size_of
 from sivae_dist.data.manifest import Manifest
 from sivae_dist.data.pack import PackReport
 from sivae_dist.data.pack import pack as pack_source
@@ -113,8 +114,8 @@ def _tell(report: PackReport, destination: Path, options: PackOptions) -> None:
     for manifest, folder in zip(report.manifests, options.folders(destination), strict=True):
         count = sum(s.count for s in manifest.shards)
         splits = ", ".join(f"{n} {v['samples']}" for n, v in manifest.splits().items())
-        size = sum(s.bytes for s in manifest.shards) / 1e9
-        print(f"{folder}: {count} samples ({splits}) in {len(manifest.shards)} shards, {size:.3f} GB")
+        size = size_of(sum(s.bytes for s in manifest.shards))
+        print(f"{folder}: {count} samples ({splits}) in {len(manifest.shards)} shards, {size}")
     print(f"took {report.seconds:.1f} s")
     if report.reused:
         print(f"{report.reused} shards were finished before")
@@ -140,8 +141,8 @@ def info(path: str, /) -> None:
         manifests = [load_manifest(open_store(folder)) for folder in levels]
         for folder, manifest in zip(levels, manifests, strict=True):
             splits = ", ".join(f"{n} {v['samples']}" for n, v in manifest.splits().items())
-            size = sum(s.bytes for s in manifest.shards) / 1e9
-            shards = f"{len(manifest.shards)} shards, {size:.3f} GB"
+            size = size_of(sum(s.bytes for s in manifest.shards))
+            shards = f"{len(manifest.shards)} shards, {size}"
             name = folder.partition("?")[0].rpartition("/")[2]
             print(f"{_plain(name):<8} {manifest.resolution}x{manifest.resolution}: {splits} in {shards}")
         print("the largest:")
@@ -156,7 +157,7 @@ def _print_info(manifest: Manifest) -> None:
     print(f"licence      {_plain(manifest.license)}")
     for name, split in manifest.splits().items():
         mean = split["bytes"] / max(1, split["samples"]) / 1000
-        size = f"{split['bytes'] / 1e9:.3f} GB, {mean:.1f} kB a sample"
+        size = f"{size_of(split['bytes'])}, {mean:.1f} kB a sample"
         print(f"{name:<12} {split['samples']} samples in {split['shards']} shards, {size}")
     if manifest.classes:
         print(f"classes      {manifest.classes}  {_plain(', '.join(manifest.class_names[:_SHOWN]))}")

@@ -19,6 +19,7 @@ from sivae_dist.data.augment import Augmentation, Fill
 from sivae_dist.data.base import DataConfig, HostBatch
 from sivae_dist.data.device_decode import DeviceDecoding
 from sivae_dist.data.faults import Fault
+from sivae_dist.data.files import size_of
 from sivae_dist.data.jpeg import DecoderName
 from sivae_dist.data.parts import Parts, in_shard_order, listed, planned
 from sivae_dist.data.pictures import Decoded, Failure, InSlot, Pictures, Settings, Unopened
@@ -30,7 +31,7 @@ from sivae_dist.data.shard_read import load_manifest
 from sivae_dist.data.slots import Slots
 from sivae_dist.data.store import Access, open_store
 from sivae_dist.data.stores.cache import BLOCK
-from sivae_dist.data.stores.room import check_cache, remarks, size_of, uses_cache
+from sivae_dist.data.stores.room import check_cache, remarks, uses_cache
 from sivae_dist.data.watch import Watch
 from sivae_dist.errors import UserError
 

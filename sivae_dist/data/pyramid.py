@@ -43,7 +43,7 @@ def addresses_of(url: str) -> tuple[str, ...]:
     Raises UserError where they are not what its pyramid.json lists. Without that file, levels on a server are looked
     for by name: powers of two.
     """
-    access = Access(cache_gb=0)
+    url, access = _folder(url), Access(cache_gb=0)
     if not _is_root(url, access):
         return ()
     if (listed := _listed(url, access)) is None:
@@ -63,8 +63,9 @@ def level_for(url: str, side: int, access: Access, wants: str = "the model takes
 
     Raises UserError when there are other levels but not this, or when it is another one than pyramid.json lists.
     """
+    given, url = url, _folder(url)
     if not _is_root(url, access):
-        return url
+        return given
     if (listed := _listed(url, access)) is not None:
         if side not in listed.resolutions:
             raise no_such_level(url, [str(other) for other in listed.resolutions], side, wants)
@@ -77,7 +78,18 @@ def level_for(url: str, side: int, access: Access, wants: str = "the model takes
         there = [str(other) for other in _USUAL_SIDES if not _missing(_level(url, other), access)]
     if there and str(side) not in there:
         raise no_such_level(url, there, side, wants)
-    return _level(url, side) if there else url
+    return _level(url, side) if there else given
+
+
+def _folder(url: str) -> str:
+    """An address, or that of the folder when it names the pyramid's file."""
+    path, mark, query = _parts(url)
+    return path.removesuffix(f"/{pyramid_file.FILE_NAME}") + mark + query
+
+
+def _parts(url: str) -> tuple[str, str, str]:
+    """Path, mark and query of an address; a path of this machine has no query."""
+    return (url, "", "") if _is_local(url) else url.partition("?")
 
 
 def _is_local(url: str) -> bool:
@@ -117,7 +129,7 @@ def _listed(url: str, access: Access) -> PyramidFile | None:
 
 def _checked(url: str, listed: PyramidFile, side: int, access: Access) -> str:
     """The address of a level that is listed. Raises UserError where that is not there, or another one is."""
-    level, file = _level(url, side), f"{url.partition('?')[0].rstrip('/')}/{pyramid_file.FILE_NAME}"
+    level, file = _level(url, side), f"{_parts(url)[0].rstrip('/')}/{pyramid_file.FILE_NAME}"
     found, wanted = _fingerprint(level, access), listed.fingerprint(side)
     if found is None:
         what = f"{file} lists pictures of {_told(listed)} pixels, but there is no {level}/{FILE_NAME}"
@@ -174,7 +186,7 @@ def _missing(url: str, access: Access) -> bool:
 
 
 def _level(url: str, side: int) -> str:
-    path, mark, query = url.partition("?") if not _is_local(url) else (url, "", "")
+    path, mark, query = _parts(url)
     return f"{path.rstrip('/')}/{side}{mark}{query}"
 
 

@@ -72,6 +72,14 @@ def test_levels_that_nobody_would_guess_are_found_on_a_server(original):
         assert addresses_of(web.url) == (f"{web.url}/8", f"{web.url}/12")
 
 
+def test_it_names_its_folder(original, monkeypatch):
+    monkeypatch.setenv("SIGNATURE", "sig=abc")
+    with serving(original / "out") as web:
+        for root, query in ((str(original / "out"), ""), (web.url, ""), (web.url, "?${SIGNATURE}")):
+            assert at(f"{root}/{FILE_NAME}{query}", 8) == f"{root}/8{query}"
+            assert addresses_of(f"{root}/{FILE_NAME}{query}") == (f"{root}/8{query}", f"{root}/12{query}")
+
+
 def test_it_is_asked_for_again_when_it_was_damaged_on_its_way(original):
     with serving(original / "out") as web:
         web.how = lambda asked: How(flip=asked.name == FILE_NAME and asked.nth < 1)

@@ -286,8 +286,9 @@ class RemoteStore:
                 now, pause = time.monotonic(), _pause_s(tries, problem.after_s)
                 if tries > access.retries or now + pause > patience.until:
                     asked = f", and it asks to wait {problem.after_s:.0f} s" if problem.after_s else ""
+                    place = f" from byte {offset} on" if offset else ""
                     raise StorageError(
-                        f"{self.url}/{name}: {problem.why}{asked}; {what} from byte {offset} on given up after "
+                        f"{self.url}/{name}: {problem.why}{asked}; {what}{place} given up after "
                         f"{now - begun:.1f} s and {tries} attempts in vain",
                         "check the server and the network, or raise data.retries, data.read_timeout_s, data.timeout_s",
                     ) from None

@@ -10,6 +10,7 @@ import shutil
 import tempfile
 from dataclasses import dataclass
 
+from sivae_dist.data.files import size_of
 from sivae_dist.data.stores.address import scheme_of
 from sivae_dist.data.stores.base import Access, Events
 from sivae_dist.data.stores.cache import BlockCache, refuse_shared
@@ -71,8 +72,3 @@ def described(access: Access) -> str:
     """The cache in a few words, for reports."""
     folder = access.cache_folder()
     return f"{folder}: {size_of(BlockCache(folder, 1, Events()).held())} in use of {access.cache_gb:g} GB"
-
-
-def size_of(count: float) -> str:
-    """Bytes for people."""
-    return f"{count / _GB:.1f} GB" if count >= 0.1 * _GB else f"{count / 1e6:.1f} MB"
