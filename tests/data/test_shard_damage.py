@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import shutil
 import struct
@@ -92,6 +93,19 @@ def test_a_missing_shard_and_a_missing_index(folder):
     expect(folder, r"shard-000001\.tar is missing")
     (folder / "shard-000000.index").unlink()
     assert any("shard-000000.index is missing" in p for p in verify(str(folder), progress=False, workers=1).problems)
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("end", ["tar", "index"])
+@pytest.mark.parametrize("kind", ["pipe", "folder", "device"])
+def test_what_is_no_plain_file_is_not_waited_for(folder, kind, end):
+    path = folder / f"shard-000001.{end}"
+    path.unlink()
+    {"pipe": os.mkfifo, "folder": os.mkdir, "device": lambda p: os.symlink("/dev/zero", p)}[kind](path)
+    with pytest.raises(UserError, match=rf"shard-000001\.{end} is no plain file"):
+        read_everything(folder)
+    report = verify(str(folder), workers=1, progress=False)
+    assert report.damaged == ("shard-000001",)
 
 
 def test_an_index_of_another_shard(folder):

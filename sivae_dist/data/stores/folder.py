@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 from collections import OrderedDict
 from pathlib import Path
 
@@ -63,12 +64,16 @@ class FolderStore(NoMemory):
             os.close(self._open.popitem(last=False)[1])
         path = self.folder / name
         try:
-            handle = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+            # A pipe (an archive from a stranger may have one) would be waited for until somebody writes to it.
+            handle = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0))
         except OSError as error:
             if error.errno == errno.EMFILE and self._open:  # a low limit of open files: live with fewer
                 os.close(self._open.popitem(last=False)[1])
                 return self._handle(name)
             raise self._unreadable(name, error) from None
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            os.close(handle)
+            raise DataError("missing", f"{path} is no plain file", "copy the file again, or pack the data set again")
         self._open[name] = handle
         return handle
 
