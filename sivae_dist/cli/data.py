@@ -24,6 +24,7 @@ from sivae_dist.errors import UserError
 from sivae_dist.registry import component
 
 _SHOWN = 20
+_MOST_WORKERS = 4096
 _NUMBER = re.compile(r"-?[0-9]{1,9}")
 _NUMBERS = re.compile(r"'[^']*'|\d+")  # what differs between two pictures of one fault
 
@@ -99,8 +100,15 @@ def pack(
     source: Source = chosen.build()
     if val_list is not None:
         source = ListedSplit(source, val_list)
-    report = pack_source(source, destination, options, workers=workers)
+    report = pack_source(source, destination, options, workers=processes(workers))
     _tell(report, destination, options)
+
+
+def processes(workers: int | None) -> int | None:
+    """--workers, checked. Raises UserError."""
+    if workers is not None and not 0 <= workers <= _MOST_WORKERS:
+        raise UserError(f"workers is {workers}, expected 0 to {_MOST_WORKERS}", "correct --workers")
+    return workers
 
 
 def _resolutions(text: str) -> int | tuple[int, ...]:
@@ -173,6 +181,7 @@ def verify(path: str, /, *, workers: int | None = None) -> None:
         path: The shard folder, or the folder of a pyramid.
         workers: Processes; by default one per core.
     """
+    workers = processes(workers)
     levels = addresses_of(path)
     for folder in levels or (path,):
         report = verify_folder(folder, workers=workers)

@@ -34,6 +34,7 @@ def scenes(
         shard_size: A number of samples (1000), a size (256MB), or auto: 1,024 samples or 256 MB, whichever is less.
         workers: Processes; by default one per core. The result does not depend on it.
     """
+    from sivae_dist.cli.data import processes  # noqa: PLC0415
     from sivae_dist.cli.errors import interrupts_raise  # noqa: PLC0415
     from sivae_dist.data.pack import pack  # noqa: PLC0415 (keeps --help quick)
     from sivae_dist.data.pack_shard import PackOptions  # noqa: PLC0415
@@ -42,7 +43,7 @@ def scenes(
     interrupts_raise()  # workers are stopped and unfinished files removed
     source = ScenesSource(count, seed=seed, val_count=val_count)
     options = PackOptions(resolution=resolution, format=format, shard_size=shard_size, seed=seed)
-    report = pack(source, dst, options, workers=workers)
+    report = pack(source, dst, options, workers=processes(workers))
     splits = ", ".join(f"{name} {split['samples']}" for name, split in report.manifest.splits().items())
     print(f"{dst}: {count} scenes of {resolution}x{resolution} ({splits}), {report.seconds:.1f} s")
     if report.reused:

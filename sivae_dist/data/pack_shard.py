@@ -234,6 +234,8 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """Readable differences between two such notes."""
     changed = [name for name, value in new.items() if old.get(name) != value]
     return [
-        "the pictures in the source" if name == "items_sha256" else f"{name} was {old.get(name)!r}, now {new[name]!r}"
+        "the pictures in the source are others"
+        if name == "items_sha256"
+        else f"{name} was {old.get(name)!r}, now {new[name]!r}"
         for name in changed
     ]

@@ -109,10 +109,13 @@ def test_a_pyramid_of_a_recipe(tmp_path, capsys):
         (["pictures", "out", "--root", "root", "--resolution", "8"], "two places are needed"),
         (["pictures", "out", "--resolution", "8x8"], "resolution is '8x8', expected pixels"),
         (["pictures", "out", "--resolution", "8,"], "resolution is '8,', expected pixels"),
+        (["pictures", "out", "--resolution", "8", "--workers", "-1"], "workers is -1, expected 0 to 4096"),
         (["pictures", "out", "--resolution", "8", "--recipe", "fhq"], "recipe.name is 'fhq'"),
     ],
 )
-def test_wrong_arguments(arguments, text):
+def test_wrong_arguments(arguments, text, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    draw_folder(tmp_path / "pictures", 2)
     with pytest.raises(UserError, match=text):
         run("data pack", *arguments)
 
