@@ -1,8 +1,8 @@
 """The data plan at the size of a cluster, by simulation: no pictures, no processes, the arithmetic that a run would do.
 
-Costs: starting, resuming, memory of a worker. Promises: every sample once an epoch, equal shares of every batch, ranks
-that come and go within an epoch. Quality: how well served order is shuffled, compared with a full shuffle, and what
-reads it takes.
+Costs: starting, resuming, memory of a rank and of its workers. Promises: every sample once an epoch, equal shares of
+every batch, ranks that come and go within an epoch. Quality: how well served order is shuffled, compared with a full
+shuffle, and what reads it takes.
 """
 
 from __future__ import annotations
@@ -107,10 +107,13 @@ class MadeUpStore(NoMemory):
 
 
 def costs(size: Size, *, epochs: float = 2.0) -> dict[str, float]:
-    """Seconds of CPU to start and to resume, and the memory of one worker of rank 0: its parts, in MB (1e6 bytes).
+    """Seconds of CPU to start and to resume, and the memory that rank 0 holds: its parts, in MB (1e6 bytes).
 
-    start_s:  manifest parsed and checked, plan made, the rank's first batch located, indices for it parsed and checked
-    resume_s: the same in the middle of the hundredth epoch, with the manifest at hand; both the worst of five
+    start_s:   manifest parsed and checked, plan made, the rank's first batch located, indices for it parsed and checked
+    resume_s:  the same in the middle of the hundredth epoch, with the manifest at hand; both the worst of five
+    rank_mb:   of the training process, which locates samples: manifest, plan, its tables and windows
+    worker_mb: of a data worker, which reads them: manifest, indices
+    peak_mb:   the most that all of these took, with what came and went
     """
     store = MadeUpStore(size)
     last = 100 * size.samples
@@ -139,8 +142,9 @@ def costs(size: Size, *, epochs: float = 2.0) -> dict[str, float]:
         _, found["plan_tables_and_windows_mb"] = _held(lambda: [len(plan.locate(p)[0]) for p in parts()])
         touched = np.unique(np.concatenate([plan.locate(p)[0] for p in parts()])).tolist()
         _, found["indices_mb"] = _held(lambda: [reader.index(shard) for shard in touched[:_INDICES]][-1])
-        found["worker_mb"] = sum(value for name, value in found.items() if name.endswith("_mb"))
-        found["worker_peak_mb"] = tracemalloc.get_traced_memory()[1] / 1e6
+        found["rank_mb"] = found["manifest_mb"] + found["plan_mb"] + found["plan_tables_and_windows_mb"]
+        found["worker_mb"] = found["manifest_mb"] + found["indices_mb"]
+        found["peak_mb"] = tracemalloc.get_traced_memory()[1] / 1e6
     finally:
         tracemalloc.stop()
     return found
