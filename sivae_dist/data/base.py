@@ -51,7 +51,7 @@ class HostBatch:
     report: Report | None = None
 
     def pin_memory(self) -> HostBatch:
-        """Page-locked copy, so that `to` overlaps with computation (torch's DataLoader calls this)."""
+        """Page-locked copy, so that `to` overlaps with computation."""
         label = None if self.label is None else self.label.pin_memory()
         augment = None if self.augment is None else self.augment.pin_memory()
         return HostBatch(self.data.pin_memory(), self.position.pin_memory(), label, augment, self.report)

@@ -20,7 +20,7 @@ from sivae_dist.data import jpeg
 from sivae_dist.data.decode import decode_into
 from sivae_dist.data.faults import Report
 from sivae_dist.data.parts import Reads
-from sivae_dist.data.pictures import Decoded, Failure, InSlot, Pictures, Unopened
+from sivae_dist.data.pictures import Arrivals, Decoded, Failure, Pictures, Unopened
 from sivae_dist.errors import UserError
 
 # Bytes of B JPEGs, each (n,) uint8 on the host -> pixels (B, C, H, W) uint8 on a device. All have the size that their
@@ -127,16 +127,17 @@ class DeviceDecoding:
         self._decode, self._cpu = decode, cpu
 
     def __call__(self, batch: Unopened, reads: Reads) -> Decoded | Failure:
-        """Pixels are (B, H, W, C), on the device."""
+        """Pixels are on the device."""
         label = None if batch.label is None else torch.from_numpy(batch.label)
         if not len(reads):
-            return Decoded(torch.empty(self._cpu.settings.shape(0), dtype=torch.uint8), label, batch.report)
+            none = torch.empty(self._cpu.settings.shape(0), dtype=torch.uint8)
+            return Decoded(none.permute(0, 3, 1, 2), label, batch.report)
         jpegs = batch.jpegs()
         try:
             pixels = self._decode(jpegs)
         except RuntimeError:
             return self._one_by_one(jpegs, label, batch.report or Report(), reads)
-        return Decoded(pixels.permute(0, 2, 3, 1), label, batch.report)
+        return Decoded(pixels, label, batch.report)
 
     def close(self) -> None:
         """Closes files."""
@@ -146,15 +147,17 @@ class DeviceDecoding:
         found: dict[int, Tensor] = {}
         for place, one in enumerate(jpegs):
             try:
-                found[place] = self._decode([one])[0].permute(1, 2, 0)
+                found[place] = self._decode([one])[0]
             except RuntimeError:
                 continue
         rest = [i for i, place in enumerate(reads.place) if place not in found]
         columns = ([column[i] for i in rest] for column in (reads.position, reads.shard, reads.number))
-        done = self._cpu.__getitems__(Reads(list(range(len(rest))), *columns))
-        if isinstance(done, Failure):
-            return done
-        assert not isinstance(done, InSlot | Unopened)
+        made = self._cpu.make(Reads(list(range(len(rest))), *columns))
+        if isinstance(made, Failure):
+            return made
+        assert not isinstance(made, Unopened)
+        done = Arrivals(self._cpu.settings, None)(made)
+        assert isinstance(done, Decoded)
         for row, i in enumerate(rest):
             place = reads.place[i]
             found[place] = done.pixels[row]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import sys
@@ -9,22 +10,20 @@ import typing
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from torch.utils.data import DataLoader
 
-from sivae_dist.data import device_decode, jpeg, lost_workers
+from sivae_dist.data import device_decode, jpeg
 from sivae_dist.data.augment import Augmentation, Fill
 from sivae_dist.data.base import DataConfig, HostBatch
 from sivae_dist.data.device_decode import DeviceDecoding
 from sivae_dist.data.faults import Fault
 from sivae_dist.data.files import size_of
 from sivae_dist.data.jpeg import DecoderName
-from sivae_dist.data.parts import Parts, in_shard_order, listed, planned
-from sivae_dist.data.pictures import Decoded, Failure, InSlot, Pictures, Settings, Unopened
+from sivae_dist.data.parts import Parts, Reads, in_shard_order, listed, planned
+from sivae_dist.data.pictures import Arrivals, Decoded, Failure, Made, Pictures, Settings, Unopened
 from sivae_dist.data.plan import Plan
-from sivae_dist.data.procs import die_with_parent
 from sivae_dist.data.pyramid import level_for
 from sivae_dist.data.replace import OnError, Tolerance
 from sivae_dist.data.shard_read import load_manifest
@@ -33,6 +32,7 @@ from sivae_dist.data.store import Access, open_store
 from sivae_dist.data.stores.cache import BLOCK
 from sivae_dist.data.stores.room import check_cache, remarks, uses_cache
 from sivae_dist.data.watch import Watch
+from sivae_dist.data.workers import InThread, LateError, LostError, Team, Work
 from sivae_dist.errors import UserError
 
 log = logging.getLogger("sivae_dist")
@@ -127,22 +127,16 @@ class ShardsConfig(DataConfig):
         return ShardStream(self, seed=seed, salt=salt, rank=rank, ranks=ranks)
 
 
-def _unchanged(batch: Any) -> Any:
-    return batch
+def _start_worker(number: int, pictures: Pictures) -> Work:
+    """In a worker: from a packed `Reads` to what is made of it."""
+    torch.set_num_threads(1)
+    pictures.worker = number
 
+    def work(message: bytes) -> bytes | Made | Unopened | Failure:
+        made = pictures.make(Reads.unpacked(message))
+        return made.pack() if isinstance(made, Made) else made
 
-def _start_worker(_: int) -> None:
-    die_with_parent()
-
-
-def _in_this_process(pictures: Pictures, parts: Parts) -> Iterator[Decoded | Unopened | Failure]:
-    """As a DataLoader without workers, with less to do for each batch."""
-    pinned = torch.cuda.is_available()
-    for reads in parts:
-        found = pictures.__getitems__(reads)
-        done = found.unpack() if isinstance(found, InSlot) else found
-        yield done.pin_memory() if pinned and isinstance(done, Decoded) else done
-        del found, done  # while someone waits for the next one, its slot is free
+    return work
 
 
 class _Batches(Iterator[HostBatch]):
@@ -160,66 +154,58 @@ class _Batches(Iterator[HostBatch]):
         opens: DeviceDecoding | None = None,
     ) -> None:
         self._pictures, self._parts, self._config, self._opens = pictures, parts, config, opens
-        self._iterator: Iterator[Decoded | InSlot | Unopened | Failure] | None
+        pinned = torch.cuda.is_available()
+        arrived = Arrivals(pictures.settings, pictures.slots, pinned=pinned)
+        self._found: Iterator[Decoded | Unopened | Failure] | None
         if not workers:
-            self._iterator = _in_this_process(pictures, parts)
+            self._found = (arrived(pictures.make(Reads.unpacked(reads))) for reads in parts)
+            self._end = weakref.finalize(self, pictures.close)
             return
-        loader = DataLoader(
-            pictures,
-            batch_sampler=parts,  # type: ignore[arg-type]  # "lists of indices": whatever __getitems__ takes
-            collate_fn=_unchanged,
-            num_workers=workers,
-            prefetch_factor=config.prefetch,
-            worker_init_fn=_start_worker,
-            multiprocessing_context="fork",
-            timeout=config.timeout_s,
-            pin_memory=torch.cuda.is_available(),
-        )
-        self._iterator = iter(loader)
-        lost_workers.hear_later()
+        start = functools.partial(_start_worker, pictures=pictures)
+        team = Team(start, workers, parts, ahead=config.prefetch, timeout_s=config.timeout_s)
+        if pinned:
+            device = torch.cuda.current_device()  # of this thread; a new one would take the first
+            ready: InThread[Decoded | Unopened | Failure] = InThread(
+                team, arrived, enter=lambda: torch.cuda.set_device(device)
+            )
+            self._found, self._end = ready, weakref.finalize(self, ready.close)
+        else:
+            self._found, self._end = map(arrived, team), weakref.finalize(self, team.close)
 
     def __next__(self) -> HostBatch:
-        if self._iterator is None:
+        if self._found is None:
             raise StopIteration
         try:
-            with lost_workers.waiting():
-                found = next(self._iterator)
-        except (RuntimeError, ConnectionError, EOFError) as error:
+            found = next(self._found)
+        except (LateError, LostError) as error:
             self.close()
-            raise self._plain(error) from error
+            raise self._plain(error) from None
         part = self._parts.waiting.popleft()
         if isinstance(found, Unopened):
             assert self._opens is not None
-            found = self._opens(found, part.reads)
+            found = self._opens(found, Reads.unpacked(part.reads))
         if isinstance(found, Failure):
             self.close()
             raise UserError(found.what, found.fix)
-        done = found.unpack() if isinstance(found, InSlot) else found
-        batch = HostBatch(done.pixels.permute(0, 3, 1, 2), part.position, done.label, part.augment, done.report)
-        return _without_faults(batch) if self._pictures.settings.held_out and done.report else batch
+        batch = HostBatch(found.pixels, part.position, found.label, part.augment, found.report)
+        return _without_faults(batch) if self._pictures.settings.held_out and found.report else batch
 
     def close(self) -> None:
-        self._iterator = None  # the DataLoader's iterator ends its workers when it is dropped
-        self._pictures.close()
+        self._found = None
+        self._end()
         if self._opens is not None:
             self._opens.close()
 
-    def _plain(self, error: Exception) -> Exception:
-        text = str(error)
-        if isinstance(error, ConnectionError | EOFError):  # it died while handing a batch over
-            text = f"exited unexpectedly: {text}"
-        if "timed out" in text:
+    def _plain(self, error: LateError | LostError) -> UserError:
+        if isinstance(error, LateError):
             what = f"no batch of {self._config.url} came within data.timeout_s = {self._config.timeout_s} s"
             names = [shard.name for shard in self._pictures.settings.shards]
             if self._pictures.watch is not None and (reading := self._pictures.watch.longest()):
                 what += f": {reading.text(names)}"
             return UserError(what, "check the disk or network it lies on, or raise data.timeout_s")
-        if "exited unexpectedly" in text or "is killed by signal" in text:
-            return UserError(
-                f"a data worker process was killed ({text.splitlines()[0]})",
-                "if memory ran out, lower data.workers or data.prefetch; in a container, enlarge /dev/shm (--shm-size)",
-            )
-        return error
+        return UserError(
+            f"a data worker process was killed ({error})", "if memory ran out, lower data.workers or data.prefetch"
+        )
 
 
 class ShardStream:

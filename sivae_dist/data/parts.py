@@ -40,18 +40,23 @@ class Reads:
     def __len__(self) -> int:
         return len(self.place)
 
+    @classmethod
+    def unpacked(cls, message: bytes) -> Reads:
+        """From the columns one after another, int64."""
+        return cls(*np.frombuffer(message, dtype=np.int64).reshape(4, -1).tolist())
+
 
 @dataclass(frozen=True)
 class Part:
-    """What the training process keeps of a batch until its pictures come. position: (B,) int64."""
+    """What the training process keeps of a batch until its pictures come. position: (B,) int64; reads: packed."""
 
     position: Tensor
     augment: Drawn | None
-    reads: Reads
+    reads: bytes
 
 
-class Parts(Iterable[Reads]):
-    """One batch after another: its `Reads` for whoever decodes; its `Part` waits in `waiting`, first in, first out.
+class Parts(Iterable[bytes]):
+    """One batch after another: its `Reads`, packed, for whoever decodes; its `Part` waits in `waiting`, in order.
 
     runs:    chunks of positions, each with the sizes of the batches that lie in it
     locate:  positions (B,) -> shard (B,) and number in it (B,)
@@ -69,14 +74,14 @@ class Parts(Iterable[Reads]):
         self.waiting: deque[Part] = deque()
         self._runs, self._locate, self._augmentation, self._pinned = runs, locate, augmentation, pinned
 
-    def __iter__(self) -> Iterator[Reads]:
+    def __iter__(self) -> Iterator[bytes]:
         for positions, sizes in self._runs:
             shard, number = self._locate(positions)
             batch = np.repeat(np.arange(len(sizes)), sizes)
             order = np.lexsort((number, shard, batch))
             ends = np.cumsum(sizes)
-            place = (order - (ends - sizes)[batch]).tolist()
-            columns = [place, *(column[order].tolist() for column in (positions, shard, number))]
+            place = order - (ends - sizes)[batch]
+            columns = np.stack([place, positions[order], shard[order], number[order]])
             drawn = None if self._augmentation is None else self._augmentation.draw(positions)
             position = torch.from_numpy(positions)
             if self._pinned:
@@ -84,11 +89,11 @@ class Parts(Iterable[Reads]):
             made = []
             for begin, end in itertools.pairwise([0, *ends.tolist()]):
                 here = slice(begin, end)
-                reads = Reads(*(column[here] for column in columns))
-                made.append((reads, Part(position[here], None if drawn is None else drawn.part(here), reads)))
-            for reads, part in made:
+                reads = columns[:, here].tobytes()
+                made.append(Part(position[here], None if drawn is None else drawn.part(here), reads))
+            for part in made:
                 self.waiting.append(part)
-                yield reads
+                yield part.reads
 
 
 def planned(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -9,7 +10,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, get_worker_info
 
 from sivae_dist.data import jpeg
 from sivae_dist.data.faults import Report
@@ -27,9 +27,12 @@ from sivae_dist.errors import UserError
 _READ_AT_ONCE = 1 << 18
 
 
+_PACKED = struct.Struct("<qqq")  # pool, slot, number of pictures; then their labels, if there are any
+
+
 @dataclass
 class Failure:
-    """A UserError on its way from a worker: the DataLoader would bury its text in a traceback."""
+    """A UserError instead of a batch: it is raised when the batch is due, other exceptions of a worker, too."""
 
     what: str
     fix: str
@@ -37,35 +40,34 @@ class Failure:
 
 @dataclass
 class Decoded:
-    """The pictures of a batch. pixels: (B, H, W, C) uint8, as decoders write them; label: (B,) int64 or None."""
+    """The pictures of a batch. pixels: (B, C, H, W) uint8, channels last as decoders write; label: (B,) int64."""
 
     pixels: Tensor
     label: Tensor | None
     report: Report | None
 
     def pin_memory(self) -> Decoded:
-        """Page-locked copy (torch's DataLoader calls this)."""
+        """Page-locked copy."""
         label = None if self.label is None else self.label.pin_memory()
         return Decoded(self.pixels.pin_memory(), label, self.report)
 
 
 @dataclass
-class InSlot:
-    """The same on its way from a worker: the pixels lie in a slot, and only this message goes through the queue."""
+class Made:
+    """The same on its way to the training process. pixels: (B, H, W, C) uint8; None where they lie in a slot."""
 
-    place: Place
+    place: Place | None
+    pixels: npt.NDArray[np.uint8] | None
     shape: tuple[int, int, int, int]
     label: npt.NDArray[np.int64] | None
     report: Report | None
 
-    def unpack(self) -> Decoded:
-        """In the training process: the pictures, on the slot's own memory."""
-        pixels = torch.from_numpy(pool_of(self.place).lease(self.place, self.shape))
-        return Decoded(pixels, None if self.label is None else torch.from_numpy(self.label), self.report)
-
-    def pin_memory(self) -> Decoded:
-        """Page-locked copy; the slot is free again."""
-        return self.unpack().pin_memory()
+    def pack(self) -> bytes | Made:
+        """In a worker: a short message, if there is nothing to tell but where the pixels lie and the labels."""
+        if self.place is None or self.report is not None:
+            return self
+        head = _PACKED.pack(self.place.pool, self.place.slot, self.shape[0])
+        return head if self.label is None else head + self.label.tobytes()
 
 
 @dataclass
@@ -116,14 +118,56 @@ class Settings:
         return self.side**2 * self.manifest.channels
 
 
-class Pictures(Dataset[Decoded]):
-    """Reads and decodes whole batches at once. Opens files lazily, in the process that uses them."""
+class Arrivals:
+    """In the training process: what `Pictures.make` made, as tensors, on the slot's own memory if they lie in one.
+
+    Little is called for it, and little of torch: between two batches the caches hold other code, so that a call which
+    takes 1 us in a loop takes 10.
+    """
+
+    def __init__(self, settings: Settings, slots: Slots | None, *, pinned: bool = False) -> None:
+        side, channels = settings.side, settings.manifest.channels
+        self._slots, self._labels, self._pinned = slots, settings.manifest.classes > 0, pinned
+        self._shape, self._strides = (channels, side, side), (side * side * channels, 1, side * channels, channels)
+
+    def __call__(self, found: bytes | Made | Unopened | Failure) -> Decoded | Unopened | Failure:
+        """The pictures, page-locked if that is wanted; all else as it is."""
+        label, report = None, None
+        if isinstance(found, bytes):
+            assert self._slots is not None
+            pool, slot, count = _PACKED.unpack_from(found)
+            pixels = self._slots.lease(Place(pool, slot), (count, *self._shape), self._strides)
+            if self._labels:
+                label = torch.frombuffer(bytearray(found), dtype=torch.int64, offset=_PACKED.size)
+        elif not isinstance(found, Made):
+            return found
+        else:
+            label = None if found.label is None else torch.from_numpy(found.label)
+            report = found.report
+            if found.place is not None:
+                assert self._slots is not None
+                pixels = self._slots.lease(found.place, (found.shape[0], *self._shape), self._strides)
+            else:
+                assert found.pixels is not None
+                pixels = found.pixels.transpose(0, 3, 1, 2)
+        done = Decoded(torch.from_numpy(pixels), label, report)
+        return done.pin_memory() if self._pinned else done
+
+
+class Pictures:
+    """Reads and decodes whole batches at once. Opens files lazily, in the process that uses them.
+
+    worker: the number of that process, whose slots are used, among those that share them.
+    """
+
+    worker: int | None = None
 
     def __init__(self, settings: Settings, slots: Slots | None = None, watch: Watch | None = None) -> None:
         self.settings, self.slots, self.watch = settings, slots, watch
         self._reader: ShardReader | None = None
 
-    def __getitems__(self, reads: Reads) -> Decoded | InSlot | Unopened | Failure:
+    def make(self, reads: Reads) -> Made | Unopened | Failure:
+        """The pictures of a batch."""
         place = None
         try:
             if self.settings.unopened:
@@ -138,20 +182,17 @@ class Pictures(Dataset[Decoded]):
     def _slot(self, size: int) -> Place | None:
         if self.slots is None or not size:
             return None
-        info = get_worker_info()
-        return self.slots.take(0 if info is None else info.id, size)
+        return self.slots.take(self.worker or 0, size)
 
-    def _batch(self, reads: Reads, place: Place | None) -> Decoded | InSlot:
+    def _batch(self, reads: Reads, place: Place | None) -> Made:
         s = self.settings
         # Height, width, channels, as decoders write them: turning a picture costs as much as a third of decoding it.
         shape = s.shape(len(reads))
         if place is None or self.slots is None:
-            pixels = torch.empty(shape, dtype=torch.uint8)
-            label, report = self._read(reads, pixels.numpy())
-            return Decoded(pixels, None if label is None else torch.from_numpy(label), report)
+            pixels = np.empty(shape, dtype=np.uint8)
+            return Made(None, pixels, shape, *self._read(reads, pixels))
         memory = self.slots.memory(place, len(reads) * s.sample_bytes()).reshape(shape)
-        label, report = self._read(reads, memory)
-        return InSlot(place, shape, label, report)
+        return Made(place, None, shape, *self._read(reads, memory))
 
     def _read(self, reads: Reads, out: npt.NDArray[np.uint8]) -> tuple[npt.NDArray[np.int64] | None, Report | None]:
         """Fills out (B, H, W, C); labels (B,), and what there is to report."""
@@ -246,10 +287,10 @@ class Pictures(Dataset[Decoded]):
 
     def _opened(self) -> ShardReader:
         if self._reader is None:
-            s, info = self.settings, get_worker_info()
+            s = self.settings
             self._reader = ShardReader(open_store(s.url, s.access), s.manifest, s.shards)
-            if self.watch is not None and info is not None:
-                self._reader.on_read = self.watch.teller(info.id)
+            if self.watch is not None and self.worker is not None:
+                self._reader.on_read = self.watch.teller(self.worker)
         return self._reader
 
     def close(self) -> None:

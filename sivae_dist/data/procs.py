@@ -1,23 +1,29 @@
-"""Running one function over many tasks in worker processes that neither outlive nor hang their parent.
+"""Worker processes that neither outlive nor hang their parent, and running one function over many tasks in them.
 
-Each worker has a pipe of its own, and nothing is shared that a killed process could leave locked or half written: a
+Each worker has a channel of its own, and nothing is shared that a killed process could leave locked or half written: a
 pool with common queues (concurrent.futures) waits for ever when a worker is killed while it hands a result over.
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import functools
+import gc
 import multiprocessing
 import os
+import select
 import signal
 import threading
 import time
 import traceback
+import weakref
 from collections.abc import Callable, Iterator, Sequence
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import wait
 from multiprocessing.context import ForkProcess
 from typing import Any, TypeVar
 
+from sivae_dist.data.channel import Channel, pair
 from sivae_dist.errors import UserError
 
 Task = TypeVar("Task")
@@ -39,67 +45,60 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def die_with_parent() -> None:
-    """Ties this worker process to its parent: it ends soon after the parent, however that ended, and on its request.
+def mind_parent(channel: Channel, *, prompt: bool) -> None:
+    """Ties this worker process to its parent: it ends soon after the parent, however that ended.
+
+    prompt: it also ends at once when the parent hangs up, whatever it is doing.
 
     Signals that a scheduler or a terminal sends to the whole group are the parent's to answer (by a checkpoint, say),
-    so the worker lives through Ctrl-C, SIGUSR1, SIGUSR2 and through a SIGTERM that is not the parent's.
+    so the worker lives through Ctrl-C, SIGTERM, SIGUSR1 and SIGUSR2. The parent needs no signal of these: of two that
+    come at the same time only one may arrive, and who sent the other is lost.
     """
     creator = multiprocessing.parent_process()
     parent = os.getppid() if creator is None or creator.pid is None else creator.pid
+    ended = select.poll()
+    if prompt:
+        ended.register(channel.fileno(), 0)  # nothing but its end
 
     def watch() -> None:
-        while os.getppid() == parent:
-            received = signal.sigtimedwait({signal.SIGTERM}, _WATCH_S)
-            if received is not None and received.si_pid == parent:
-                break
+        while os.getppid() == parent and not ended.poll(_WATCH_S * 1e3):
+            pass
         os._exit(1)
 
-    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # left to the watching thread, which learns the sender
     threading.Thread(target=watch, daemon=True, name="parent-watch").start()
 
 
-class _Worker:
-    """A process that is sent the numbers of tasks, one at a time, and sends back (result, error) of each."""
+class Worker:
+    """A process forked from this one, and a channel to it. Runs `life` there; see `mind_parent` for prompt."""
 
-    def __init__(
-        self,
-        function: Callable[[Any, Tick], Any],
-        tasks: Sequence[Any],
-        progress: int,
-        stop: Any,
-        before: Sequence[_Worker],
-    ) -> None:
+    def __init__(self, life: Callable[[Channel], None], *, prompt: bool = False) -> None:
+        self.channel, other = pair()
+        _workers.add(self)
         context = multiprocessing.get_context("fork")
-        self.pipe, other = context.Pipe()
-        parents = [worker.pipe for worker in (*before, self)]  # ends that only the parent may hold, or they never end
-        self.process: ForkProcess = context.Process(
-            target=_serve, args=(other, parents, function, tasks, progress, stop), daemon=True
-        )
+        self.process: ForkProcess = context.Process(target=_live, args=(other, life, prompt), daemon=True)
         self.process.start()
         other.close()
 
-    def give(self, number: int | None) -> None:
-        """Sends the number of a task, None for the end of all. A worker that has died is noticed in `answer`."""
-        with contextlib.suppress(OSError):
-            self.pipe.send(number)
+    def alive(self) -> bool:
+        """Whether the process runs. Its channel may not end if others that it forked hold it open."""
+        return self.process.is_alive()
 
-    def answered(self) -> bool:
-        """Whether there is something to take, its death too, for which the pipe may not end if others hold it open."""
-        return self.pipe.poll() or not self.process.is_alive()
-
-    def take(self) -> tuple[Any, BaseException | None]:
-        """What it has sent. Raises EOFError or OSError when it died, be it in the middle of sending."""
-        if not self.pipe.poll():
-            raise EOFError
-        answer: tuple[Any, BaseException | None] = self.pipe.recv()
-        return answer
+    def fate(self) -> str:
+        """In words, how a process ended that hung up."""
+        self.process.join(_KILL_S)
+        code = self.process.exitcode
+        if code is not None and code < 0:
+            with contextlib.suppress(ValueError):
+                return f"process {self.process.pid} by {signal.Signals(-code).name}"
+        return f"process {self.process.pid}, status {code}"
 
     def end(self, until: float) -> None:
-        """Waits for its end, which is made to come at `until` (time.monotonic)."""
-        self.pipe.close()
+        """Hangs up and waits for its end, which is made to come at `until` (time.monotonic)."""
+        self.channel.hang_up()
+        self.channel.close()
+        _workers.discard(self)
         self.process.join(max(0.0, until - time.monotonic()))
         if self.process.is_alive():
             self.process.kill()
@@ -108,18 +107,50 @@ class _Worker:
             self.process.close()
 
 
+_workers: weakref.WeakSet[Worker] = weakref.WeakSet()
+
+
+def _close_others() -> None:
+    """In a process just forked: the ends of workers' channels that only the parent may hold, or they never end."""
+    for worker in list(_workers):
+        worker.channel.close()
+    _workers.clear()
+
+
+def _end_all() -> None:
+    """When the interpreter ends: multiprocessing would ask them by SIGTERM, which they ignore, and wait."""
+    for worker in list(_workers):
+        worker.end(0.0)
+
+
+os.register_at_fork(after_in_child=_close_others)
+atexit.register(_end_all)  # after multiprocessing's own, which was imported above: so it runs before that
+
+
+def _live(channel: Channel, life: Callable[[Channel], None], prompt: bool) -> None:
+    """In a worker."""
+    mind_parent(channel, prompt=prompt)
+    gc.freeze()  # what it inherited is not looked at again: that would copy its pages
+    with contextlib.suppress(EOFError, OSError):  # the parent has gone, or wants no more
+        life(channel)
+
+
+def hand_over(channel: Channel, result: Any, error: BaseException | None) -> None:
+    """In a worker: sends (result, error); of what cannot be pickled, the text."""
+    if error is not None and not isinstance(error, UserError):
+        error.add_note("in a worker process: " + "".join(traceback.format_exception(error)))
+    try:
+        channel.send((result, error))
+    except OSError:
+        raise
+    except Exception as problem:
+        channel.send((None, RuntimeError(f"{error or 'a result'} cannot be handed over: {problem}")))
+
+
 def _serve(
-    pipe: Connection[Any, Any],
-    parents: Sequence[Connection[Any, Any]],
-    function: Callable[[Any, Tick], Any],
-    tasks: Sequence[Any],
-    progress: int,
-    stop: Any,
+    channel: Channel, function: Callable[[Any, Tick], Any], tasks: Sequence[Any], progress: int, stop: Any
 ) -> None:
-    """In a worker: its life."""
-    for end in parents:
-        end.close()
-    die_with_parent()
+    """In a worker of `run_tasks`: is sent the numbers of tasks, one at a time; None ends it."""
 
     def tick() -> None:
         if stop.value:
@@ -127,8 +158,8 @@ def _serve(
         with contextlib.suppress(BlockingIOError):  # a full pipe only makes the progress bar late
             os.write(progress, b".")
 
-    with contextlib.suppress(EOFError, OSError, StoppedError):  # the parent has gone, or wants no more
-        while (number := pipe.recv()) is not None:
+    with contextlib.suppress(StoppedError):
+        while (number := channel.receive()) is not None:
             result, problem = None, None
             try:
                 result = function(tasks[number], tick)
@@ -136,19 +167,7 @@ def _serve(
                 raise
             except BaseException as error:
                 problem = error
-            _send(pipe, result, problem)
-
-
-def _send(pipe: Connection[Any, Any], result: Any, error: BaseException | None) -> None:
-    """Hands an answer over; of what cannot be pickled, the text."""
-    if error is not None and not isinstance(error, UserError):
-        error.add_note("in a worker process: " + "".join(traceback.format_exception(error)))
-    try:
-        pipe.send((result, error))
-    except OSError:
-        raise
-    except Exception as problem:
-        pipe.send((None, RuntimeError(f"{error or 'a result'} cannot be handed over: {problem}")))
+            hand_over(channel, result, problem)
 
 
 def run_tasks(
@@ -168,18 +187,21 @@ def run_tasks(
     reading, writing = os.pipe()
     os.set_blocking(reading, False)
     os.set_blocking(writing, False)
-    team: list[_Worker] = []
+    life = functools.partial(_serve, function=function, tasks=tasks, progress=writing, stop=stop)
+    team: list[Worker] = []
     try:
         for number in range(min(workers, len(tasks))):
-            team.append(_Worker(function, tasks, writing, stop, team))
-            team[-1].give(number)
-        following, busy = iter(range(len(team), len(tasks))), {worker.pipe: worker for worker in team}
+            team.append(Worker(life))
+            _give(team[-1], number)
+        following, busy = iter(range(len(team), len(tasks))), {w.channel.fileno(): w for w in team}
         while busy:
-            wait(list(busy), timeout=_TICK_S)
+            answered = wait(list(busy), timeout=_TICK_S)
             _drain(reading, progress)
-            for worker in [worker for worker in busy.values() if worker.answered()]:
+            for end, worker in [(end, w) for end, w in busy.items() if end in answered or not w.alive()]:
                 try:
-                    result, error = worker.take()
+                    if end not in answered and not wait([end], timeout=0):
+                        raise EOFError
+                    result, error = worker.channel.receive()
                 except (EOFError, OSError):
                     raise UserError(
                         "a worker process was killed, probably because memory ran out",
@@ -189,18 +211,25 @@ def run_tasks(
                     raise error
                 more = next(following, None)
                 if more is None:
-                    del busy[worker.pipe]
-                worker.give(more)
+                    del busy[end]
+                _give(worker, more)
                 yield result
     finally:
         stop.value = 1
         until = time.monotonic() + _END_S
         for worker in team:
-            worker.give(None)
+            _give(worker, None)
+            worker.channel.hang_up()
         for worker in team:
             worker.end(until)
         os.close(reading)
         os.close(writing)
+
+
+def _give(worker: Worker, number: int | None) -> None:
+    """Sends the number of a task, None for the end of all. That a worker has died is noticed elsewhere."""
+    with contextlib.suppress(OSError):
+        worker.channel.send(number)
 
 
 def _drain(reading: int, progress: Callable[[int], object]) -> None:

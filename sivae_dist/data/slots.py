@@ -13,7 +13,7 @@ import contextlib
 import itertools
 import mmap
 import weakref
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -29,8 +29,7 @@ _numbers = itertools.count()
 _pools: weakref.WeakValueDictionary[int, Slots] = weakref.WeakValueDictionary()
 
 
-@dataclass(frozen=True)
-class Place:
+class Place(NamedTuple):
     """Where a batch lies: the slot of a pool. Travels from a worker to the training process."""
 
     pool: int
@@ -71,9 +70,11 @@ class Slots:
         """The first `size` bytes of a slot."""
         return np.frombuffer(self._memory, dtype=np.uint8, count=size, offset=place.slot * self._stride + _ASIDE)
 
-    def lease(self, place: Place, shape: tuple[int, ...]) -> Bytes:
+    def lease(self, place: Place, shape: tuple[int, ...], strides: tuple[int, ...] | None = None) -> Bytes:
         """In the training process: as `memory`; the slot is free again when the array and all views of it are gone."""
-        return np.asarray(_Lease(self, place.slot, shape))
+        lease = _Lease(shape, np.uint8, self._memory, place.slot * self._stride + _ASIDE, strides)
+        lease.slots, lease.slot = self, place.slot
+        return lease
 
     def address(self, slot: int) -> int:
         """Where a slot begins in memory."""
@@ -92,17 +93,15 @@ class Slots:
         return len(self._busy) - self._busy[:].count(_FREE)
 
 
-class _Lease:
-    """What an array on a slot is made from, and keeps alive until it and its views are gone."""
+class _Lease(np.ndarray[tuple[int, ...], np.dtype[np.uint8]]):
+    """An array on a slot. Its views keep it alive, as what it lies on is no array: numpy's views refer to the last."""
 
-    __slots__ = ("__array_interface__", "_pool", "_slot")
-
-    def __init__(self, pool: Slots, slot: int, shape: tuple[int, ...]) -> None:
-        self.__array_interface__ = {"shape": shape, "typestr": "|u1", "data": (pool.address(slot), False), "version": 3}
-        self._pool, self._slot = pool, slot
+    slots: Slots | None = None  # views have none
+    slot: int
 
     def __del__(self) -> None:
-        self._pool.clear(self._slot)
+        if self.slots is not None:
+            self.slots.clear(self.slot)
 
 
 def pool_of(place: Place) -> Slots:

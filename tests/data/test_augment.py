@@ -143,7 +143,6 @@ def test_hues_in_float32() -> None:
 # ---- in the stream ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
 @pytest.mark.parametrize(("ranks", "workers"), [(1, 2), (3, 0), (8, 1)])
 def test_ranks_and_workers_do_not_change_the_pictures(packed, ranks: int, workers: int) -> None:
     alone, together = served(packed, 0), served(packed, 0, ranks=ranks, workers=workers)

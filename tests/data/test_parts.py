@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from sivae_dist.data.augment import Augmentation
-from sivae_dist.data.parts import Parts, in_shard_order, listed, planned
+from sivae_dist.data.parts import Parts, Reads, in_shard_order, listed, planned
 from sivae_dist.data.plan import Plan
 from sivae_dist.data.shard_read import ShardReader, load_manifest
 from sivae_dist.data.store import FolderStore
@@ -26,7 +26,8 @@ def test_batches_are_as_if_made_alone(size, rank, ranks):
     augmentation = Augmentation(5, mirror=True, shift_px=3, hue=0.2)
     parts = Parts(planned(plan, 40, size, rank, ranks), plan.locate, augmentation)
     start, whole = 40, isinstance(size, int)
-    for reads in itertools.islice(parts, 3 if size == 5000 else 200):
+    for packed in itertools.islice(parts, 3 if size == 5000 else 200):
+        reads = Reads.unpacked(packed)
         count = size if whole else size(start)
         mine = plan.owned(start, count, rank, ranks)
         shard, number = Plan([9, 0, 17, 30], lanes=7, window=4, seed=3).locate(mine)
@@ -48,7 +49,7 @@ def test_listed_samples_are_found_in_shard_order(packed):
     shards = load_manifest(FolderStore(packed)).of("train")
     every = [(s, n) for s, shard in enumerate(shards) for n in range(shard.count)]
     parts = Parts(listed(range(0, len(every), 3), 4), in_shard_order(shards), None)
-    found = [(s, n) for reads in parts for s, n in zip(reads.shard, reads.number, strict=True)]
+    found = [(s, n) for reads in map(Reads.unpacked, parts) for s, n in zip(reads.shard, reads.number, strict=True)]
     assert found == every[::3]
     assert parts.waiting[0].position.tolist() == [0, 3, 6, 9]
 

@@ -63,18 +63,19 @@ def test_errors_come_back():
     assert gone(children())
 
 
-def pipe_of_worker():
-    """The connection of the worker process that this runs in."""
+def channel_of_worker():
+    """That of the worker process that this runs in."""
     frame = sys._getframe()
-    while "pipe" not in frame.f_locals:
+    while "channel" not in frame.f_locals:
         frame = frame.f_back
-    return frame.f_locals["pipe"]
+    return frame.f_locals["channel"]
 
 
 MOMENTS = {
-    "while it works": lambda pipe: None,
-    "in a header": lambda pipe: os.write(pipe.fileno(), b"\0\0"),
-    "in an answer": lambda pipe: os.write(pipe.fileno(), struct.pack("!i", 100_000) + bytes(50)),
+    "while it works": lambda channel: None,
+    "in a header": lambda channel: os.write(channel.fileno(), b"\0\0"),
+    "in an answer": lambda channel: os.write(channel.fileno(), struct.pack("<qq", 100_000, 0) + bytes(50)),
+    "in an array": lambda channel: os.write(channel.fileno(), struct.pack("<qqq", 5, 1, 100_000) + bytes(50)),
 }
 
 
@@ -82,7 +83,7 @@ MOMENTS = {
 def test_a_worker_killed_at_any_moment_is_told(moment):
     def work(number, tick):
         if number == 1:
-            MOMENTS[moment](pipe_of_worker())
+            MOMENTS[moment](channel_of_worker())
             os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(0.05)
         return number
@@ -92,7 +93,7 @@ def test_a_worker_killed_at_any_moment_is_told(moment):
     assert gone(children())
 
 
-def test_a_worker_killed_while_another_holds_its_pipe_open_is_told(tmp_path):
+def test_a_worker_killed_while_another_holds_its_channel_open_is_told(tmp_path):
     def work(number, tick):
         if number == 1:
             if not (pid := os.fork()):
@@ -105,7 +106,7 @@ def test_a_worker_killed_while_another_holds_its_pipe_open_is_told(tmp_path):
     with pytest.raises(UserError, match="a worker process was killed"):
         outcome(work)
     heir = int((tmp_path / "heir").read_text())
-    assert not gone({heir}, 0.1), "the pipe had not ended"
+    assert not gone({heir}, 0.1), "the channel had not ended"
     os.kill(heir, signal.SIGKILL)
 
 

@@ -33,6 +33,13 @@ def test_a_slot_is_busy_until_the_last_view_is_gone():
     assert slots.take(1, 10) == first
     slots.give(second)
     assert slots.take(1, 10) == second
+    for view in (lambda a: np.asarray(a)[3:], lambda a: torch.from_numpy(a).permute(1, 0)[2:], lambda a: a[1:][1:]):
+        part = view(pool_of(first).lease(first, (4, 5), (1, 4)))
+        gc.collect()
+        assert slots.busy() == 3
+        del part
+        assert slots.busy() == 2
+        slots.take(1, 10)
 
 
 def test_slots_keep_apart_and_rows_begin_beside_multiples_of_32_bytes():

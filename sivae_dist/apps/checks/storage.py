@@ -38,11 +38,11 @@ def out_folder(out: Path) -> list[Check]:
 
 
 def shared_memory() -> list[Check]:
-    """/dev/shm carries batches from data workers."""
+    """/dev/shm carries what NCCL sends between GPUs of a machine that do not reach each other. Data need none of it."""
     path = Path("/dev/shm")
-    remedy = "start the container with --shm-size=8g (or --ipc=host), or set data.workers to 0"
+    remedy = "start the container with --shm-size=8g (or --ipc=host)"
     if not path.is_dir():
-        return [warning("/dev/shm", "is missing: data workers cannot hand over batches", remedy)]
+        return [warning("/dev/shm", "is missing: NCCL may need it between the GPUs of a machine", remedy)]
     usage = shutil.disk_usage(path)
     what = f"{usage.total / GB:.2f} GB, {usage.free / GB:.2f} GB free"
     return [warning("/dev/shm", what, remedy) if usage.free < 1 * GB else ok("/dev/shm", what)]
