@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sivae_dist.data.base import HostBatch
 from sivae_dist.data.decode import open_image, prepare
+from sivae_dist.data.files import expanded
 from sivae_dist.data.manifest import FILE_NAME
 from sivae_dist.data.shard_read import ShardReader, load_manifest
 from sivae_dist.data.sources.folder import FolderSource
@@ -94,7 +95,7 @@ def described(trained: Trained, *, psi: float | None = None, noise: Noise | None
 
 
 def _of(text: str, trained: Trained) -> Iterator[Picture]:
-    path = Path(text).expanduser()
+    path = expanded(text)
     if (path / FILE_NAME).is_file() or "://" in text:
         yield from _packed(text, trained)
     elif path.is_dir():

@@ -1,9 +1,20 @@
-"""Files that appear whole or not at all, and their sizes in words."""
+"""Files: paths as users write them, sizes in words, and writing so that a file appears whole or not at all."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
+
+from sivae_dist.errors import UserError
+
+
+def expanded(path: str | Path) -> Path:
+    """A path with ~ filled in. Raises UserError where nobody knows that home folder (as in some containers)."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        what = f"{str(path)!r:.200} names a home folder that is not known on this machine"
+        raise UserError(what, "write the whole path instead of ~, or set HOME") from None
 
 
 def sync_folder(folder: Path) -> None:

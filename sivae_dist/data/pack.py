@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from sivae_dist.data.files import sync_folder, write_atomically
+from sivae_dist.data.files import expanded, sync_folder, write_atomically
 from sivae_dist.data.manifest import FILE_NAME, SPLITS, Manifest
 from sivae_dist.data.pack_items import ItemList, list_items, read_items
 from sivae_dist.data.pack_shard import PackOptions, ShardDone, ShardTask, differences, encoded, pack_shard, recorded
@@ -70,7 +70,7 @@ def pack(
     workers: processes, None for one per usable core; the result does not depend on it. Raises UserError.
     """
     begin = time.monotonic()
-    destination = Path(destination).expanduser()
+    destination = expanded(destination)
     folders = options.folders(destination)
     aside = destination / ".pack"
     _check_destination(destination, folders, aside)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from sivae_dist.data import pyramid_file
 from sivae_dist.data.faults import DataError, RefusedError
+from sivae_dist.data.files import expanded
 from sivae_dist.data.manifest import FILE_NAME
 from sivae_dist.data.pyramid_file import PyramidFile, read_pyramid
 from sivae_dist.data.shard_read import load_index, load_manifest
@@ -105,7 +106,7 @@ def _is_root(url: str, access: Access) -> bool:
 
 def _local_root(url: str) -> Path | None:
     """A folder of this machine without a manifest of its own."""
-    path = Path(fill(url)[0].removeprefix("file://")).expanduser() if _is_local(url) else None
+    path = expanded(fill(url)[0].removeprefix("file://")) if _is_local(url) else None
     if not url or path is None or not path.is_dir() or (path / FILE_NAME).is_file():
         return None
     return path
@@ -142,7 +143,7 @@ def _checked(url: str, listed: PyramidFile, side: int, access: Access) -> str:
 
 def _fingerprint(level: str, access: Access) -> str | None:
     """That of the manifest at an address, None where there is none. Raises UserError."""
-    path = Path(fill(level)[0].removeprefix("file://")).expanduser() if _is_local(level) else None
+    path = expanded(fill(level)[0].removeprefix("file://")) if _is_local(level) else None
     if path is not None and not (path / FILE_NAME).is_file():
         return None
     store = open_store(level, access)

@@ -9,6 +9,7 @@ import tyro
 from drawn import craft, draw_folder, picture, png
 
 from sivae_dist.cli import commands
+from sivae_dist.data.loader import ShardsConfig
 from sivae_dist.errors import UserError
 
 
@@ -123,3 +124,20 @@ def test_wrong_arguments(arguments, text, tmp_path, monkeypatch):
 def test_a_missing_folder_is_an_error(tmp_path):
     with pytest.raises(UserError, match="is no folder"):
         run("data pack", tmp_path / "none", tmp_path / "out", "--resolution", 16)
+
+
+def test_a_home_folder_that_nobody_knows(tmp_path):
+    raw, home = draw_folder(tmp_path / "raw", 1), "~nobody-of-that-name/x"
+    for arguments in (
+        ("data info", home),
+        ("data info", f"file://{home}"),
+        ("data verify", home),
+        ("data pack", home, tmp_path / "out", "--resolution", 8),
+        ("data pack", raw, home, "--resolution", 8),
+        ("data pack", raw, tmp_path / "out", "--resolution", 8, "--val-list", home),
+        *(("data pack", "--recipe", r, "--root", home, tmp_path / "out", "--resolution", 8) for r in ("ffhq", "zip")),
+    ):
+        with pytest.raises(UserError, match="names a home folder that is not known"):
+            run(*arguments)
+    with pytest.raises(UserError, match="not known"):
+        ShardsConfig(url="https://host/x", cache_dir=home).check()

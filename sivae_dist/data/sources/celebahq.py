@@ -17,6 +17,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from sivae_dist.data.files import expanded
 from sivae_dist.data.sources.base import Recipe
 from sivae_dist.data.sources.numbered import NumberedSource, check_complete, find_numbered
 from sivae_dist.errors import UserError, nearest
@@ -39,7 +40,7 @@ class CelebaHqRecipe(Recipe):
     def build(self) -> NumberedSource:
         """Finds the pictures and what is known of them. Raises UserError."""
         self.refuse("labels")
-        root = self.root.expanduser()
+        root = expanded(self.root)
         folder = next((root / f for f in _FOLDERS if (root / f).is_dir()), root)
         files = find_numbered(folder, _NAME)
         if not files:

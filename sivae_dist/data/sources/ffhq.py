@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sivae_dist.data.files import expanded
 from sivae_dist.data.sources.base import Recipe
 from sivae_dist.data.sources.numbered import NumberedSource, check_complete, find_numbered
 from sivae_dist.errors import UserError
@@ -41,7 +42,7 @@ class FfhqRecipe(Recipe):
     def build(self) -> NumberedSource:
         """Finds the pictures and reads the JSON. Raises UserError."""
         self.refuse("labels", "attribute")
-        root = self.root.expanduser()
+        root = expanded(self.root)
         folder = root / _PICTURES if (root / _PICTURES).is_dir() else root
         files = find_numbered(folder, _NAME, below=r"\d{5}")
         if not files:

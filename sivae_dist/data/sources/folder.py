@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from sivae_dist.data.decode import MAX_PIXELS, open_image
+from sivae_dist.data.files import expanded
 from sivae_dist.data.sources.base import Item, Recipe
 from sivae_dist.data.sources.listing import SortedNames, Tell, entries, visible
 from sivae_dist.errors import UserError
@@ -36,7 +37,7 @@ class FolderSource:
     max_pixels: int = MAX_PIXELS
 
     def __post_init__(self) -> None:
-        self.root = Path(self.root).expanduser()
+        self.root = expanded(self.root)
         if not self.root.is_dir():
             raise UserError(f"{self.root} is no folder", "give the folder that holds the pictures")
         self.name = self.name or self.root.resolve().name

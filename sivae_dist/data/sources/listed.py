@@ -12,6 +12,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from sivae_dist.data.files import expanded
 from sivae_dist.data.sources.base import Item, Source
 from sivae_dist.data.sources.listing import Tell
 from sivae_dist.errors import UserError
@@ -27,7 +28,7 @@ class ListedSplit:
     """
 
     def __init__(self, source: Source, path: Path) -> None:
-        self.source, self.path = source, Path(path).expanduser()
+        self.source, self.path = source, expanded(path)
         self.name, self.license = source.name, source.license
         self.class_names: tuple[str, ...] = tuple(getattr(source, "class_names", ()))
         try:

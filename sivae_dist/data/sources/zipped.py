@@ -22,6 +22,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from sivae_dist.data.decode import MAX_PIXELS, open_image
+from sivae_dist.data.files import expanded
 from sivae_dist.data.sources.base import Item, Recipe
 from sivae_dist.data.sources.folder import is_picture, safe_key, shared_stems
 from sivae_dist.errors import UserError
@@ -51,7 +52,7 @@ class ZipSource:
     max_pixels: int = MAX_PIXELS
 
     def __post_init__(self) -> None:
-        self.root = Path(self.root).expanduser()
+        self.root = expanded(self.root)
         self.name = self.name or self.root.stem
         self.class_names: tuple[str, ...] = ()
         self._descriptor: int | None = None

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+from sivae_dist.data.files import expanded
 from sivae_dist.data.manifest import FILE_NAME, MAX_MANIFEST_BYTES, Manifest
 from sivae_dist.errors import UserError
 
@@ -69,9 +70,9 @@ class Access:
     def cache_folder(self) -> Path:
         """data.cache_dir, or the user's cache folder."""
         if self.cache_dir:
-            return Path(self.cache_dir).expanduser()
+            return expanded(self.cache_dir)
         home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-        return Path(home).expanduser() / "sivae-dist" / "data"
+        return expanded(home) / "sivae-dist" / "data"
 
 
 class Store(Protocol):

@@ -9,6 +9,7 @@ from collections import OrderedDict
 from pathlib import Path
 
 from sivae_dist.data.faults import DataError, StorageError
+from sivae_dist.data.files import expanded
 from sivae_dist.data.manifest import FILE_NAME
 from sivae_dist.data.stores.base import NoMemory
 from sivae_dist.errors import UserError
@@ -88,7 +89,7 @@ class FolderStore(NoMemory):
 
 def open_folder(path: str) -> FolderStore:
     """A shard folder, or the manifest in it. Raises UserError for anything else."""
-    folder = Path(path).expanduser()
+    folder = expanded(path)
     if folder.suffix == ".json" and folder.is_file():
         return FolderStore(folder.parent, folder.name)
     if not folder.is_dir():
