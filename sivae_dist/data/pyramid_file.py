@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,6 +75,13 @@ class PyramidFile:
         if sides != sorted(set(sides)):
             raise UserError(f"{where} has levels of {sides!r:.80}, expected each once, the smallest first", _FIX)
         return cls(found)
+
+
+def several(url: str, folders: Iterable[object]) -> DataError:
+    """The error for a folder of shard folders, where one of them is wanted."""
+    names = sorted(map(str, folders), key=lambda name: (len(name), name) if name.isdecimal() else (1000, name))
+    what = f"{url} holds several packed data sets"
+    return DataError("missing", what, f"give one of its folders: {', '.join(names)}")
 
 
 def _level(entry: Any, where: str) -> tuple[int, str]:

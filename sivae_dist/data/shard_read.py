@@ -26,6 +26,7 @@ from sivae_dist.data.manifest import (
     ShardInfo,
     is_key,
 )
+from sivae_dist.data.pyramid_file import read_pyramid, several
 from sivae_dist.data.shard_write import BLOCK, INDEX_FORMAT, INDEX_VERSION
 from sivae_dist.data.store import Store
 from sivae_dist.data.stores.base import REREADS, NoMemory, expected_files, read_manifest
@@ -63,8 +64,15 @@ class Index:
 
 
 def load_manifest(store: Store) -> Manifest:
-    """The checked manifest of a shard folder. Raises UserError."""
-    return read_manifest(store)
+    """The checked manifest of a shard folder. Raises UserError; of a pyramid's root one that names its folders."""
+    try:
+        return read_manifest(store)
+    except DataError as error:
+        if error.reason == "missing":
+            with contextlib.suppress(UserError):
+                if listed := read_pyramid(store):
+                    error = several(store.url, listed.resolutions)
+        raise error from None
 
 
 def load_index(store: Store, shard: ShardInfo, classes: int) -> Index:

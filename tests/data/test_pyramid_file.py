@@ -80,6 +80,19 @@ def test_it_names_its_folder(original, monkeypatch):
             assert addresses_of(f"{root}/{FILE_NAME}{query}") == (f"{root}/8{query}", f"{root}/12{query}")
 
 
+def test_who_wants_one_level_is_told_which_there_are(original):
+    with serving(original / "out") as web:
+        for url in (str(original / "out"), web.url):
+            with pytest.raises(UserError, match="holds several packed data sets") as told:
+                load_manifest(open_store(url, Access(cache_gb=0, retries=0)))
+            assert told.value.fix == "give one of its folders: 8, 12"
+        with pytest.raises(UserError, match=r"/nowhere/manifest\.json is missing"):
+            load_manifest(open_store(f"{web.url}/nowhere", Access(cache_gb=0)))
+        web.how = lambda asked: How(404 if asked.name == "manifest.json" else 500)
+        with pytest.raises(UserError, match=r"manifest\.json is missing"):
+            load_manifest(open_store(web.url, Access(cache_gb=0, retries=0)))
+
+
 def test_it_is_asked_for_again_when_it_was_damaged_on_its_way(original):
     with serving(original / "out") as web:
         web.how = lambda asked: How(flip=asked.name == FILE_NAME and asked.nth < 1)

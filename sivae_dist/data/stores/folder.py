@@ -11,6 +11,7 @@ from pathlib import Path
 from sivae_dist.data.faults import DataError, StorageError
 from sivae_dist.data.files import expanded
 from sivae_dist.data.manifest import FILE_NAME
+from sivae_dist.data.pyramid_file import several
 from sivae_dist.data.stores.base import NoMemory
 from sivae_dist.errors import UserError
 
@@ -95,9 +96,8 @@ def open_folder(path: str) -> FolderStore:
     if not folder.is_dir():
         raise UserError(f"data.url {path!r:.200} is no folder", "check the path; it must exist on every machine")
     if not (folder / FILE_NAME).is_file():
-        packed = sorted(p.parent.name for p in folder.glob(f"*/{FILE_NAME}"))
-        if packed:
-            raise UserError(f"{folder} holds several packed data sets", f"give one of its folders: {', '.join(packed)}")
+        if packed := [p.parent.name for p in folder.glob(f"*/{FILE_NAME}")]:
+            raise several(str(folder), packed)
         if (folder / ".pack").is_dir():
             raise UserError(f"{folder} is only partly packed", "run the same `sivae-dist data pack` again to finish it")
         raise UserError(f"{folder} holds no {FILE_NAME}", f"pack it: sivae-dist data pack {folder} DESTINATION ...")
