@@ -36,7 +36,7 @@ def toy(
         first_seed: The first seed.
         iterations: Iterations of 512 points, instead of the published 30000; schedules shrink in proportion.
         stop_after: End every model after so many iterations of its whole schedule; the last third changes little.
-        tune: First try this many settings of every objective on every density (the recipe, and others drawn at random
+        tune: First try this many settings of every objective on every density (the recipe, and others spread
             around it) in shortened runs; then train with the best ones. All are told in tune.json.
         tune_iterations: Iterations of each of these trials.
         tuned: Train with the settings of this tune.json instead of the recipes'.

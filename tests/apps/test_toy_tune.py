@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from pathlib import Path
@@ -38,6 +39,24 @@ def test_every_objective_gets_as_many_trials(tmp_path: Path) -> None:
     ]
     ratios = [t.settings["beta_kl"] / found[t.number].settings["beta_kl"] for t in found if t.number == 1]
     assert len(set(ratios)) > 6  # not one draw for all
+
+
+@pytest.mark.parametrize("density", toy.DENSITIES)
+@pytest.mark.parametrize("objective", toy.OBJECTIVES)
+def test_few_trials_leave_no_large_gap(density: toy.DensityName, objective: toy.ObjectiveName) -> None:
+    """Of every weight, and of every ratio of two: in seven trials both sides of the recipe are tried."""
+    recipe = toy_tune.drawn(density, objective, 0)
+    logs = [
+        {knob: math.log(value / recipe[knob], toy_tune.REACH) for knob, value in trial.items()}
+        for trial in (toy_tune.drawn(density, objective, number) for number in range(1, 8))
+    ]
+    for knob in recipe:
+        places = [-1.0, *sorted(trial[knob] for trial in logs), 1.0]
+        assert max(b - a for a, b in itertools.pairwise(places)) < 0.8  # of a range of 2
+    for one, other in itertools.combinations(recipe, 2):
+        ratios = [trial[one] - trial[other] for trial in logs]
+        assert min(ratios) < -0.3
+        assert max(ratios) > 0.3
 
 
 def judge(monkeypatch: pytest.MonkeyPatch, values: dict[tuple[str, int], float]) -> None:
