@@ -43,7 +43,7 @@ def test_with_room_there_is_nothing_to_tell(tmp_path, free):
 def test_a_folder_that_cannot_be_made(tmp_path, free, place):
     (tmp_path / "file").write_text("")
     (text,) = told(tmp_path / place)
-    assert f"the data cache {tmp_path / place} cannot be used" in text
+    assert f"the data cache {tmp_path / place} cannot be written" in text
     assert "Not a directory" in text
     assert "Set data.cache_dir to a folder that can be written" in text
 
@@ -95,7 +95,7 @@ def test_one_rank_of_a_machine_tells_it(packed, tmp_path, free, capsys, monkeypa
         for rank, times in ((0, 1), (1, 0), (2, 1)):
             config = ShardsConfig(url=web.url, cache_dir=str(tmp_path / "file"))
             config.build(seed=0, salt=0, rank=rank, ranks=4).close()
-            assert capsys.readouterr().err.count("cannot be used") == times
+            assert capsys.readouterr().err.count("cannot be written") == times
 
 
 def test_the_doctor_looks_at_it(packed, tmp_path, free):

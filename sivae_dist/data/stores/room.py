@@ -55,7 +55,8 @@ def remarks(url: str, access: Access, size: float) -> list[Remark]:
             file.flush()
         free = shutil.disk_usage(place).free
     except OSError as error:
-        what = f"the data cache {folder} cannot be used ({place}: {error.strerror}): each picture will be a request"
+        what = f"the data cache {folder} cannot be written ({place}: {error.strerror})"
+        what = f"{what}: each picture that it does not hold will be a request"
         return [Remark(what, "set data.cache_dir to a folder that can be written, or data.cache_gb to 0")]
     held = BlockCache(folder, 1, Events()).held()
     wanted = min(access.cache_gb * _GB, size)
