@@ -358,6 +358,35 @@ def test_what_cannot_be_prepared_fails_where_it_is_read(web, packed, access, mon
         reader.prepare([3, 4, 5], [4, 4, 4])
 
 
+def test_a_refusal_ahead_is_told_while_other_requests_wait(web, tmp_path):
+    store = open_store(web.url, Access(cache_dir=str(tmp_path), cache_gb=0.01))
+    manifest = load_manifest(store)
+    reader = ShardReader(store, manifest, manifest.shards)
+    release, held, answered = threading.Event(), threading.Event(), []
+
+    def how(asked):
+        if not asked.name.endswith(".tar"):
+            return How()
+        if asked.name == "shard-000003.tar":
+            held.wait(20)
+            return How(403)
+        held.set()
+        release.wait(20)
+        answered.append(asked.name)
+        return How()
+
+    web.how = how
+    try:
+        with pytest.raises(StorageError, match=r"shard-000003\.tar is refused"):
+            reader.prepare(range(6), [0] * 6)
+        assert held.is_set()
+        assert answered == [], "it did not wait for the others"
+        waiting = [thread for thread in threading.enumerate() if thread.name == "fetch"]
+        assert waiting and all(thread.daemon for thread in waiting), "nor does the end of the process"
+    finally:
+        release.set()
+
+
 def test_a_cache_that_is_too_small_for_the_lanes_is_told(web, tmp_path, capsys):
     def built(**settings):
         ShardsConfig(url=web.url, cache_dir=str(tmp_path), **settings).build(seed=0, salt=0, rank=0, ranks=1)

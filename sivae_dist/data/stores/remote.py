@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import queue
 import random
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TypeVar
 
@@ -110,13 +111,7 @@ class RemoteStore:
         missing = [job for key, job in jobs.items() if not cache.has(key)][: max(1, cache.limit // cache.block // 4)]
         if len(missing) < 2:
             return
-        pool = ThreadPoolExecutor(min(_AT_ONCE, len(missing)), thread_name_prefix="fetch")
-        try:
-            for future in [pool.submit(job) for job in missing]:
-                with contextlib.suppress(DataError):
-                    future.result()
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+        _together(missing)
 
     def forget(self, name: str, offset: int, length: int) -> bool:
         """Drops the blocks of a range that turned out damaged: reading it again asks the server."""
@@ -294,6 +289,39 @@ class RemoteStore:
                     ) from None
                 self.events.count("retries")
                 time.sleep(pause)
+
+
+def _together(jobs: Sequence[Callable[[], object]]) -> None:
+    """Calls them, some at a time. What ends the run is raised at once; DataError is left to who reads what is missing.
+
+    Threads that still wait for a server by then are left to themselves, and do not keep the process from ending.
+    """
+    waiting: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
+    ended: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
+    for job in jobs:
+        waiting.put(job)
+
+    def work() -> None:
+        while True:
+            try:
+                job = waiting.get_nowait()
+            except queue.Empty:
+                return
+            try:
+                job()
+                ended.put(None)
+            except Exception as error:
+                ended.put(error)
+
+    for _ in range(min(_AT_ONCE, len(jobs))):
+        threading.Thread(target=work, daemon=True, name="fetch").start()
+    for _ in jobs:
+        error = ended.get()
+        if error is not None and not isinstance(error, DataError):
+            with contextlib.suppress(queue.Empty):  # what nobody has begun is not begun any more
+                while True:
+                    waiting.get_nowait()
+            raise error
 
 
 def _pause_s(tries: int, asked_s: float | None) -> float:
