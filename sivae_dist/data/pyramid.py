@@ -38,13 +38,13 @@ def levels_of(folder: str | Path) -> tuple[Path, ...]:
     return _numbered(path)
 
 
-def addresses_of(url: str) -> tuple[str, ...]:
+def addresses_of(url: str, access: Access | None = None) -> tuple[str, ...]:
     """The levels of a pyramid here or elsewhere, the smallest resolution first; empty for what is no pyramid.
 
     Raises UserError where they are not what its pyramid.json lists. Without that file, levels on a server are looked
     for by name: powers of two.
     """
-    url, access = _folder(url), Access(cache_gb=0)
+    url, access = _folder(url), access or Access(cache_gb=0)
     if not _is_root(url, access):
         return ()
     if (listed := _listed(url, access)) is None:

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from buckets import serving_bucket
 from drawn import draw_folder, edit_manifest, files
 from web import How, serving
 
@@ -215,3 +216,21 @@ def test_damage_is_found(out):
             at(str(out), 8)
     store = open_store(str(out / "8"), Access(cache_gb=0))
     assert load_manifest(store).resolution == 8, "a level alone does not ask"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["s3", "gs"])
+def test_a_pyramid_in_a_bucket(original, monkeypatch, kind):
+    with serving_bucket(kind, original / "out" / "8") as bucket:
+        for name, value in bucket.env.items():
+            monkeypatch.setenv(name, value)
+        for path in (original / "out").rglob("*.*"):
+            bucket.put(f"sets/pyramid/{path.relative_to(original / 'out')}", path.read_bytes())
+        url = bucket.url.replace("packed", "pyramid")
+        assert at(url, 12) == f"{url}/12"
+        assert addresses_of(url) == (f"{url}/8", f"{url}/12")
+        bucket.delete("sets/pyramid/12/manifest.json")
+        with pytest.raises(UserError, match=r"but there is no .*/12/manifest"):
+            at(url, 12)
+        bucket.delete(f"sets/pyramid/{FILE_NAME}")
+        assert at(url, 8) == f"{url}/8"

@@ -85,7 +85,8 @@ def data_cache(url: str, folder: str, size_gb: float) -> list[Check]:
     room.check_cache(url, access)
     size = math.inf
     with contextlib.suppress(UserError):  # what is wrong with the data is told by the look at them
-        manifests = [load_manifest(open_store(level, Access(cache_gb=0))) for level in addresses_of(url) or (url,)]
+        once = Access(cache_gb=0, retries=0)
+        manifests = [load_manifest(open_store(level, once)) for level in addresses_of(url, once) or (url,)]
         size = max(sum(shard.bytes for shard in manifest.shards) for manifest in manifests)
     if found := room.remarks(url, access, size):
         return [warning(name, remark.what, remark.remedy) for remark in found]
