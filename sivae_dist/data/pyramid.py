@@ -25,19 +25,6 @@ from sivae_dist.errors import UserError
 _USUAL_SIDES = tuple(2**n for n in range(3, 14))
 
 
-def levels_of(folder: str | Path) -> tuple[Path, ...]:
-    """The shard folders of a pyramid on this machine, the smallest resolution first; empty when it is no pyramid.
-
-    Those that its pyramid.json lists, which need not be there; without that file those that are. Raises UserError.
-    """
-    path = _local_root(str(folder))
-    if path is None:
-        return ()
-    if (listed := read_pyramid(FolderStore(path))) is not None:
-        return tuple(path / str(side) for side in listed.resolutions)
-    return _numbered(path)
-
-
 def addresses_of(url: str, access: Access | None = None) -> tuple[str, ...]:
     """The levels of a pyramid here or elsewhere, the smallest resolution first; empty for what is no pyramid.
 

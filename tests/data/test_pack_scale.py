@@ -21,7 +21,7 @@ from processes import children, gone
 from sivae_dist.data import pack as pack_module
 from sivae_dist.data.pack import pack
 from sivae_dist.data.pack_shard import PackOptions
-from sivae_dist.data.pyramid import levels_of
+from sivae_dist.data.pyramid import addresses_of
 from sivae_dist.data.shard_read import load_index, load_manifest
 from sivae_dist.data.sources.folder import FolderSource, shared_stems
 from sivae_dist.data.sources.listing import SortedNames
@@ -94,8 +94,8 @@ def test_kills_at_random_moments_lose_and_double_nothing(tmp_path, monkeypatch, 
     for number in range(rounds):
         kills += kill_until_done(raw, tmp_path / "killed", random.Random(number), 0.7 * undisturbed)
         assert tree(tmp_path / "killed") == expected
-        for level in levels_of(tmp_path / "killed"):
-            store = FolderStore(level)
+        for level in addresses_of(str(tmp_path / "killed")):
+            store = FolderStore(Path(level))
             manifest = load_manifest(store)
             keys = [key for shard in manifest.shards for key in load_index(store, shard, 0).keys]
             assert sorted(keys) == [f"{n:04d}" for n in range(pictures) if n != 3]

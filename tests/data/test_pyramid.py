@@ -20,7 +20,7 @@ from sivae_dist.data.loader import ShardsConfig
 from sivae_dist.data.manifest import FILE_NAME
 from sivae_dist.data.pack import pack
 from sivae_dist.data.pack_shard import PackOptions
-from sivae_dist.data.pyramid import addresses_of, disagreements, levels_of
+from sivae_dist.data.pyramid import addresses_of, disagreements
 from sivae_dist.data.shard_read import ShardReader, load_index, load_manifest
 from sivae_dist.data.sources.folder import FolderSource
 from sivae_dist.data.store import FolderStore
@@ -29,6 +29,10 @@ from sivae_dist.engine.judge import judge
 from sivae_dist.errors import UserError
 
 SIDES = (8, 16, 32)
+
+
+def levels_of(root: Path) -> list[Path]:
+    return [Path(level) for level in addresses_of(str(root))]
 
 
 def packed_quietly(source, destination, options, workers=1):
@@ -233,6 +237,9 @@ def test_levels_that_differ_are_found(pyramid, tmp_path):
     )
     shutil.rmtree(tmp_path / "out" / "16")
     shutil.copytree(tmp_path / "other", tmp_path / "out" / "16")
+    with pytest.raises(UserError, match="16 holds other data than"):
+        levels_of(tmp_path / "out")
+    (tmp_path / "out" / "pyramid.json").unlink()  # as in data packed before there was one
     problems = disagreements(levels_of(tmp_path / "out"))
     assert "16/shard-000000 has other samples than" in problems[0]
     edit_manifest(tmp_path / "out" / "32", lambda raw: raw["shards"].pop())

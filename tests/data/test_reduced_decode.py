@@ -14,7 +14,7 @@ from sivae_dist.data.decode import decode, decode_into, encode
 from sivae_dist.data.loader import ShardsConfig
 from sivae_dist.data.pack import pack
 from sivae_dist.data.pack_shard import PackOptions
-from sivae_dist.data.pyramid import levels_of
+from sivae_dist.data.pyramid import addresses_of
 from sivae_dist.data.shard_read import ShardReader
 from sivae_dist.data.sources.scenes import ScenesSource
 from sivae_dist.data.store import open_store
@@ -116,7 +116,7 @@ def test_a_pyramid_gives_the_level_to_reduce(tmp_path: Path) -> None:
     source = ScenesSource(6, val_count=2)
     for side in (16, 32):
         pack(source, tmp_path / str(side), PackOptions(side), workers=1, progress=False)
-    if not levels_of(str(tmp_path)):
+    if not addresses_of(str(tmp_path)):
         pytest.fail("these are no levels")
     config = ShardsConfig(url=str(tmp_path), reduce=2)
     assert config.at((3, 16, 16)).url == f"{tmp_path}/32"
