@@ -31,6 +31,10 @@ class BadShards:
     def __init__(self) -> None:
         self._bad: dict[int, _Bad] = {}
 
+    def __bool__(self) -> bool:
+        """Whether there are any."""
+        return bool(self._bad)
+
     def __contains__(self, shard: int) -> bool:
         """Whether a shard has failed and nothing of it was read since."""
         return shard in self._bad

@@ -11,7 +11,6 @@ import contextlib
 import io
 import socket
 import struct
-from collections.abc import Iterable
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
@@ -19,7 +18,7 @@ import numpy as np
 
 _HEAD = struct.Struct("<qq")  # bytes of the message; how many arrays follow it, below 0: it is bytes, not an object
 _PLAIN = -1
-_AT_ONCE = 1 << 16
+_AT_ONCE = 1 << 13  # bytes asked for at once: room for them is made each time
 _BESIDE = 1 << 14  # bytes from which an array travels beside the pickle
 
 
@@ -42,7 +41,14 @@ class Channel:
 
     def offer(self, message: Any) -> bool:
         """As `send`, without waiting; False when something is left for `flush`."""
-        self._unsent += [memoryview(piece) for piece in _pieces(message)]
+        pieces = _pieces(message)
+        if not self._unsent and len(pieces) == 1:
+            with contextlib.suppress(BlockingIOError):
+                sent = self._socket.send(pieces[0], socket.MSG_DONTWAIT)
+                if sent == len(pieces[0]):
+                    return True
+                pieces = (memoryview(pieces[0])[sent:],)
+        self._unsent += [memoryview(piece) for piece in pieces]
         return self.flush()
 
     def flush(self) -> bool:
@@ -64,6 +70,9 @@ class Channel:
         while len(data) < _HEAD.size:
             data += self._more()
         size, beside = _HEAD.unpack_from(data)
+        if beside == _PLAIN and len(data) == _HEAD.size + size:  # nearly all are such
+            self._here = b""
+            return data[_HEAD.size :]
         begin = _HEAD.size + 8 * max(beside, 0)
         end = begin + size
         while len(data) < end:
@@ -126,7 +135,7 @@ def pair() -> tuple[Channel, Channel]:
     return Channel(one), Channel(other)
 
 
-def _pieces(message: Any) -> Iterable[bytes | memoryview]:
+def _pieces(message: Any) -> tuple[bytes | memoryview, ...]:
     """What goes through the socket, at least one piece."""
     if isinstance(message, bytes):
         return (_HEAD.pack(len(message), _PLAIN) + message,)

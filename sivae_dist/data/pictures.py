@@ -27,7 +27,7 @@ from sivae_dist.errors import UserError
 _READ_AT_ONCE = 1 << 18
 
 
-_PACKED = struct.Struct("<qqq")  # pool, slot, number of pictures; then their labels, if there are any
+_PACKED = struct.Struct("<qq")  # slot, number of pictures; then their labels, if there are any
 
 
 @dataclass
@@ -66,7 +66,7 @@ class Made:
         """In a worker: a short message, if there is nothing to tell but where the pixels lie and the labels."""
         if self.place is None or self.report is not None:
             return self
-        head = _PACKED.pack(self.place.pool, self.place.slot, self.shape[0])
+        head = _PACKED.pack(self.place.slot, self.shape[0])
         return head if self.label is None else head + self.label.tobytes()
 
 
@@ -85,7 +85,7 @@ class Unopened:
         if self.place is None:
             whole = torch.frombuffer(bytearray(self.data), dtype=torch.uint8)
         else:
-            whole = torch.from_numpy(pool_of(self.place).lease(self.place, (sum(self.sizes),)))
+            whole = torch.from_numpy(pool_of(self.place).lease(self.place.slot, (sum(self.sizes),)))
         ends = np.cumsum(self.sizes).tolist()
         return [whole[end - size : end] for size, end in zip(self.sizes, ends, strict=True)]
 
@@ -135,8 +135,8 @@ class Arrivals:
         label, report = None, None
         if isinstance(found, bytes):
             assert self._slots is not None
-            pool, slot, count = _PACKED.unpack_from(found)
-            pixels = self._slots.lease(Place(pool, slot), (count, *self._shape), self._strides)
+            slot, count = _PACKED.unpack_from(found)
+            pixels = self._slots.lease(slot, (count, *self._shape), self._strides)
             if self._labels:
                 label = torch.frombuffer(bytearray(found), dtype=torch.int64, offset=_PACKED.size)
         elif not isinstance(found, Made):
@@ -146,7 +146,7 @@ class Arrivals:
             report = found.report
             if found.place is not None:
                 assert self._slots is not None
-                pixels = self._slots.lease(found.place, (found.shape[0], *self._shape), self._strides)
+                pixels = self._slots.lease(found.place.slot, (found.shape[0], *self._shape), self._strides)
             else:
                 assert found.pixels is not None
                 pixels = found.pixels.transpose(0, 3, 1, 2)
@@ -191,30 +191,29 @@ class Pictures:
         if place is None or self.slots is None:
             pixels = np.empty(shape, dtype=np.uint8)
             return Made(None, pixels, shape, *self._read(reads, pixels))
-        memory = self.slots.memory(place, len(reads) * s.sample_bytes()).reshape(shape)
-        return Made(place, None, shape, *self._read(reads, memory))
+        return Made(place, None, shape, *self._read(reads, self.slots.memory(place, shape)))
 
     def _read(self, reads: Reads, out: npt.NDArray[np.uint8]) -> tuple[npt.NDArray[np.int64] | None, Report | None]:
         """Fills out (B, H, W, C); labels (B,), and what there is to report."""
-        s, report, labels = self.settings, Report(), [0] * len(reads)
+        s, report, labels = self.settings, None, [0] * len(reads)
         reader = self._opened()
         reader.prepare(reads.shard, reads.number)
         rest: Sequence[int] = range(len(reads))
         if s.turbo:
-            rest = self._read_quickly(
-                reader, reads, labels, lambda place, data: jpeg.decode_into(data, out[place], s.reduce)
-            )
+            decode, reduce = jpeg.decode_into, s.reduce
+            rest = self._read_quickly(reader, reads, labels, lambda place, data: decode(data, out[place], reduce))
 
         def read(place: int, shard: int, number: int) -> int:
             return reader.read_into(shard, number, out[place], turbo=s.turbo, reduce=s.reduce)[1] or 0
 
         if rest:
+            report = Report()
             self._read_plainly(reader, reads, rest, labels, report, read)
         return self._labels(labels), self._told(reader, report)
 
     def _unopened(self, reads: Reads) -> Unopened:
         """The bytes of pictures that their headers say are as they should be; of others, if the CPU can decode them."""
-        s, report, labels = self.settings, Report(), [0] * len(reads)
+        s, report, labels = self.settings, None, [0] * len(reads)
         reader, found = self._opened(), [b""] * len(reads)
         reader.prepare(reads.shard, reads.number)
 
@@ -229,6 +228,7 @@ class Pictures:
             return label or 0
 
         if rest := self._read_quickly(reader, reads, labels, keep):
+            report = Report()
             self._read_plainly(reader, reads, rest, labels, report, read)
         sizes = [len(data) for data in found]
         whole, place = b"".join(found), self._slot(sum(sizes))
@@ -238,16 +238,16 @@ class Pictures:
         return Unopened(sizes, place, whole, self._labels(labels), self._told(reader, report))
 
     def _labels(self, labels: list[int]) -> npt.NDArray[np.int64] | None:
-        return np.array(labels, dtype=np.int64) if self.settings.manifest.classes else None
+        return np.array(labels, dtype=np.int64) if self.settings.manifest.classes else None  # else some are -1
 
     @staticmethod
-    def _told(reader: ShardReader, report: Report) -> Report | None:
-        """The report with what the store met."""
+    def _told(reader: ShardReader, report: Report | None) -> Report | None:
+        """The report with what the store met; None when there is nothing to tell."""
         events = reader.store.events
         if events.counts or events.notes:
-            met = events.take()
+            met, report = events.take(), report or Report()
             report.counts, report.notes = met.counts, met.notes
-        return report if report else None
+        return report or None
 
     def _read_quickly(
         self, reader: ShardReader, reads: Reads, labels: list[int], use: Callable[[int, bytes], bool]
@@ -256,13 +256,12 @@ class Pictures:
         left, done = [], 0
         while done < len(reads):
             found = reader.several(reads.shard[done:], reads.number[done:], _READ_AT_ONCE)
-            for which, sample in enumerate(found, done):
-                place = reads.place[which]
+            for place, sample in zip(reads.place[done:], found, strict=False):
                 if sample is None or not use(place, sample[0]):
-                    left.append(which)
+                    left.append(done)
                 else:
-                    labels[place] = max(sample[1], 0)
-            done += len(found)
+                    labels[place] = sample[1]
+                done += 1
         return left
 
     def _read_plainly(

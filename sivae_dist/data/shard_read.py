@@ -238,13 +238,17 @@ class ShardReader:
         """
         found: list[tuple[bytes, int] | None] = []
         read, tars, tell, bad = self.store.read, self._tars, self.on_read, self._bad
+        known, used, unpack, row = self._indices.get, self._indices.move_to_end, _ROW.unpack_from, _ROW.size
         try:
             for shard, number in zip(shards, numbers, strict=True):
-                if shard in bad:
+                if bad and shard in bad:
                     found.append(None)
                     continue
                 try:
-                    offset, size, crc32, label = self.index(shard).row(number)
+                    if (index := known(shard)) is None:
+                        index = self.index(shard)
+                    used(shard)
+                    offset, size, crc32, label = unpack(index.packed, number * row)
                     tell(shard, offset, size)
                     data = read(tars[shard], offset, size)
                 except DataError:

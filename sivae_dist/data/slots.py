@@ -66,14 +66,14 @@ class Slots:
         self._busy[slot] = 1
         return Place(self.number, slot)
 
-    def memory(self, place: Place, size: int) -> Bytes:
-        """The first `size` bytes of a slot."""
-        return np.frombuffer(self._memory, dtype=np.uint8, count=size, offset=place.slot * self._stride + _ASIDE)
+    def memory(self, place: Place, shape: int | tuple[int, ...]) -> Bytes:
+        """The first bytes of a slot."""
+        return np.ndarray(shape, np.uint8, self._memory, place.slot * self._stride + _ASIDE)
 
-    def lease(self, place: Place, shape: tuple[int, ...], strides: tuple[int, ...] | None = None) -> Bytes:
+    def lease(self, slot: int, shape: tuple[int, ...], strides: tuple[int, ...] | None = None) -> Bytes:
         """In the training process: as `memory`; the slot is free again when the array and all views of it are gone."""
-        lease = _Lease(shape, np.uint8, self._memory, place.slot * self._stride + _ASIDE, strides)
-        lease.slots, lease.slot = self, place.slot
+        lease = _Lease(shape, np.uint8, self._memory, slot * self._stride + _ASIDE, strides)
+        lease.slots, lease.slot = self, slot
         return lease
 
     def address(self, slot: int) -> int:

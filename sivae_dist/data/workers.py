@@ -71,10 +71,11 @@ class Team(Iterator[Any]):
         if self._taken == self._asked or not self.workers:
             raise StopIteration
         worker = self.workers[self._taken % len(self.workers)]
+        channel = worker.channel
         try:
-            if not worker.channel.waiting():
-                self._wait(worker.channel)
-            found = worker.channel.receive()
+            if not channel.waiting():
+                self._wait(channel)
+            found = channel.receive()
         except TimeoutError:
             raise LateError from None
         except (EOFError, OSError):
@@ -109,16 +110,24 @@ class Team(Iterator[Any]):
             return
         number = self._asked % len(self.workers)
         self._asked += 1
-        with contextlib.suppress(OSError):  # a worker that has died is told when the next answer is waited for
+        try:
             if not self.workers[number].channel.offer(request):
                 self._slow.add(number)
+        except OSError:  # a worker that has died is told when the next answer is waited for
+            pass
 
     def _wait(self, channel: Channel) -> None:
         """Until it has something. Raises LostError when any worker has hung up, TimeoutError."""
         until = time.monotonic() + self._timeout_s
-        awaited = channel.fileno()
+        awaited, modify = channel.fileno(), self._poll.modify
+        if not self._slow:  # in a few calls what comes below: others' code lies in the caches
+            modify(awaited, select.POLLIN)
+            events = self._poll.poll(min(self._timeout_s, _LOOK_S) * 1e3)
+            modify(awaited, 0)
+            if events == [(awaited, select.POLLIN)]:
+                return
         while True:
-            self._poll.modify(awaited, select.POLLIN)
+            modify(awaited, select.POLLIN)
             for number in self._slow:
                 other = self.workers[number].channel
                 self._poll.modify(other, select.POLLOUT | (select.POLLIN if other is channel else 0))

@@ -22,7 +22,7 @@ def test_a_slot_is_busy_until_the_last_view_is_gone():
     assert slots.take(0, 10) is not None, "the other worker has its own"
     slots.memory(first, 5000)[:] = 9
     slots.memory(second, 10)[:] = 5
-    tensor = torch.from_numpy(pool_of(first).lease(first, (50, 100)))
+    tensor = torch.from_numpy(pool_of(first).lease(first.slot, (50, 100)))
     part = tensor[3].permute(0)
     del tensor
     gc.collect()
@@ -34,7 +34,7 @@ def test_a_slot_is_busy_until_the_last_view_is_gone():
     slots.give(second)
     assert slots.take(1, 10) == second
     for view in (lambda a: np.asarray(a)[3:], lambda a: torch.from_numpy(a).permute(1, 0)[2:], lambda a: a[1:][1:]):
-        part = view(pool_of(first).lease(first, (4, 5), (1, 4)))
+        part = view(pool_of(first).lease(first.slot, (4, 5), (1, 4)))
         gc.collect()
         assert slots.busy() == 3
         del part
@@ -51,7 +51,7 @@ def test_slots_keep_apart_and_rows_begin_beside_multiples_of_32_bytes():
             slots.memory(place, size)[:] = number + 1
             assert slots.address(place.slot) == slots.memory(place, size).ctypes.data
             assert slots.address(place.slot) % 32 == 16
-        assert [set(slots.lease(p, (size,)).tolist()) for p in places] == [{1}, {2}, {3}]
+        assert [set(slots.lease(p.slot, (size,)).tolist()) for p in places] == [{1}, {2}, {3}]
         assert slots.busy() == 0
 
 
