@@ -67,6 +67,13 @@ def test_ranks_and_workers_do_not_change_what_is_served(packed, ranks, workers):
     assert len(epochs[0]) == 36, "every picture exactly once an epoch"
 
 
+@pytest.mark.dist
+@pytest.mark.parametrize(("workers", "prefetch", "size"), [(1, 1, 1), (2, 1, 17), (3, 7, 5), (5, 2, 40)])
+def test_workers_change_nothing_however_far_ahead_they_are(packed, workers, prefetch, size):
+    options = {"size": size, "batches": 12, "shift_px": 2, "hue": 0.1}
+    assert served(packed, workers=workers, prefetch=prefetch, **options) == served(packed, **options)
+
+
 def test_one_shard_serves_many_ranks(one_shard):
     found = served(one_shard, ranks=5, workers=2, size=10, batches=3)
     assert len({picture for _, _, picture in found.values()}) == 30
