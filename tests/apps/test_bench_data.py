@@ -6,6 +6,8 @@ import hashlib
 import itertools
 import json
 import multiprocessing
+import socket
+import struct
 import time
 from typing import Any
 
@@ -87,6 +89,21 @@ def test_shards_are_served_by_another_process(pictures: bench.Pictures, capsys: 
     assert all(rows[f"http, {cache} cache"]["cpu_ms"] > 0 for cache in ("empty", "full", "no"))
     with pytest.raises(UserError, match="--served serves a folder of this machine"), serving("https://elsewhere/data"):
         pass
+
+
+@pytest.mark.dist
+def test_readers_that_hang_up_leave_no_traceback(pictures: bench.Pictures, capfd: pytest.CaptureFixture[str]) -> None:
+    """A reader that is ended resets its connections, between requests also; the server answers the next one."""
+    with serving(pictures.url) as address:
+        host, port = address.removeprefix("http://").split(":")
+        for asked in (b"", b"GET /manifest.json HTTP/1.1\r\n\r\n"):
+            with socket.create_connection((host, int(port)), timeout=10) as connection:
+                connection.sendall(asked)
+                if asked:
+                    assert connection.recv(12) == b"HTTP/1.1 200"
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # reset, not closed
+        assert open_store(address).whole("manifest.json", 1 << 20)
+    assert capfd.readouterr().err == ""
 
 
 def test_too_few_pictures_are_refused(pictures: bench.Pictures) -> None:
