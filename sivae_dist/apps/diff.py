@@ -30,7 +30,7 @@ _NOTHING = (
     "train.kimg", "train.minutes", "train.recompute_from", "tracking", "checkpoint", "eval", "data.held_out_split",
     "distributed.ranks", "distributed.timeout_s", "distributed.check", *OWN[1:],
 )  # fmt: skip
-_ROUNDING = ("distributed", "kernels", "precision.channels_last")
+_ROUNDING = ("distributed", "kernels", "precision.channels_last", "train.decode_once")
 
 
 @dataclass(frozen=True)

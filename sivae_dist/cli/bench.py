@@ -1,4 +1,4 @@
-"""`sivae-dist bench kernels | toy | reduce | data | plan | checkpoint`."""
+"""`sivae-dist bench kernels | step | toy | reduce | data | plan | checkpoint`."""
 
 from __future__ import annotations
 
@@ -39,9 +39,7 @@ def kernels(
 
     from sivae_dist.apps.bench import kernels as app  # noqa: PLC0415
 
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda, but torch sees no CUDA device", "give --device cpu")
-    where = torch.device("cuda" if device == "cuda" or (device == "auto" and torch.cuda.is_available()) else "cpu")
+    where = torch.device(_device(device))
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     sizes: tuple[int, ...] = px or (tuple(app.RESOLUTIONS) if where.type == "cuda" else (256,))
     ceiling, results = app.run(app.Setting(where, dtype, channels_last, batch, compile, sizes), only, seconds)
@@ -97,6 +95,58 @@ def toy(*, seconds: float = 10.0, json: bool = False) -> None:
     for row in rows:
         rate, share = 1 / row.seconds, row.data_s / row.seconds
         print(f"{row.name:<26}{row.seconds * 1e3:>14.2f}{rate:>9.1f}{share:>15.1%}{plain / row.seconds:>9.2f}")
+
+
+def step(
+    config: Path,
+    /,
+    *,
+    vary: tuple[str, ...] = (),
+    batch: int | None = None,
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+    seconds: float = 10.0,
+    json: bool = False,
+) -> None:
+    """Time a recipe's iteration on drawn pictures, as it is and with settings changed, in turns.
+
+    Args:
+        config: A recipe (YAML).
+        vary: Settings to compare with, each section.key=value, or several of them parted by commas:
+            train.decode_once=true precision.dtype=bf16,kernels.mode=reference.
+        batch: Images of this one process in one piece, instead of the recipe's batch and accumulation.
+        device: auto is cuda if there is a device, else cpu.
+        seconds: Time for each, by the clock.
+        json: Print for programs.
+    """
+    import torch  # noqa: PLC0415 (--help stays quick)
+
+    from sivae_dist.apps.bench import step as app  # noqa: PLC0415
+
+    if batch is not None and batch < 1:
+        raise UserError(f"--batch is {batch}, expected 1 or more", "give a larger --batch")
+    place = _device(device)
+    rows = app.run(app.varied(config, vary, batch), place, seconds)
+    if json:
+        print(jsonlib.dumps([vars(row) for row in rows], indent=1))
+        return
+    name = torch.cuda.get_device_name(place) if place == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    print(f"{name}, torch {torch.__version__}, medians of an iteration")
+    width = max(30, *(len(row.name) + 2 for row in rows))
+    print(f"{'':<{width}}{'ms':>10}{'CPU ms':>10}{'images/s':>10}{'peak GiB':>10}{'x as fast':>10}")
+    for row in rows:
+        peak = f"{row.peak_bytes / 2**30:>10.2f}" if row.peak_bytes is not None else f"{'-':>10}"
+        print(
+            f"{row.name:<{width}}{row.wall_ms:>10.1f}{row.cpu_ms:>10.1f}{row.images_per_s:>10.1f}{peak}{row.ratio:>10.3f}"
+        )
+
+
+def _device(wanted: str) -> Literal["cpu", "cuda"]:
+    """auto is cuda if there is a device. Raises UserError for one that is not there."""
+    import torch  # noqa: PLC0415
+
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda, but torch sees no CUDA device", "give --device cpu")
+    return "cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu"
 
 
 def data(
@@ -286,6 +336,7 @@ def reduce(
 
 COMMANDS: dict[str, Callable[..., object]] = {
     "bench kernels": kernels,
+    "bench step": step,
     "bench toy": toy,
     "bench reduce": reduce,
     "bench data": data,

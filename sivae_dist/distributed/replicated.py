@@ -44,6 +44,7 @@ class Replicated(Strategy):
     """Both players whole on every rank. overlap: gradients are sent while the backward pass goes on."""
 
     name = "ddp"
+    keeps_graphs = True
 
     def __init__(
         self,

@@ -85,6 +85,7 @@ class Strategy(ABC):
 
     name: ClassVar[str]
     gradients_by_parameter: ClassVar[bool] = True  # else `gradients` gives this rank's flat shards
+    keeps_graphs: ClassVar[bool] = False  # a graph made in one phase may be run through backwards in a later one
 
     def __init__(
         self,

@@ -21,11 +21,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from sivae_dist import counters
 from sivae_dist.data import Batch
 from sivae_dist.distributed.strategy import Strategy
+from sivae_dist.engine.decoded import Decoded
 from sivae_dist.engine.draws import PositionDraws
 from sivae_dist.engine.finite import Buffers, Skip, examine
 from sivae_dist.engine.loss_scale import LossScales
 from sivae_dist.engine.precision import Drawing, Precision
 from sivae_dist.engine.tally import Tally, add_shares
+from sivae_dist.errors import UserError
 from sivae_dist.models import Autoencoder, DecoderDraws
 from sivae_dist.objectives import Draws, Objective, Phase, Terms
 
@@ -57,6 +59,7 @@ class Iteration:
 
     seed and salt key the noise; the salt changes when a run has been rolled back. accumulation splits each rank's part
     of a batch into that many micro-batches (batch-norm statistics are then those of a micro-batch over all ranks).
+    decode_once: see `decoded`. Raises UserError for a strategy that cannot.
     """
 
     def __init__(
@@ -70,10 +73,17 @@ class Iteration:
         precision: Precision | None = None,
         scales: LossScales | None = None,
         salt: int = 0,
+        decode_once: bool = False,
     ) -> None:
         self.model, self.objective, self.strategy = model, objective, strategy
         self.seed, self.salt, self.accumulation = seed, salt, accumulation
         self.precision, self.scales = precision or Precision(), scales or LossScales()
+        self.decode_once = decode_once
+        if decode_once and not strategy.keeps_graphs:
+            raise UserError(
+                f"train.decode_once is True, but distributed.strategy {strategy.name} keeps no graph between phases",
+                "set train.decode_once to False, or the strategy to ddp",
+            )
         self.buffers = Buffers(model)
         self.drawn: Drawn | None = None  # is told every draw of noise: name, positions (B,), value (B, ...)
 
@@ -97,14 +107,15 @@ class Iteration:
         report = IterationReport()
         micro_batches = _split(batch, self.accumulation)
         carries: list[dict[str, Tensor]] = [{} for _ in micro_batches]
+        kept = [Decoded(self.model.decoder) if self.decode_once else None for _ in micro_batches]
         for phase in self.objective.phases(nimg):
             self.strategy.train_only(phase.trains)
             self.buffers.save()
             tally, scale = Tally(), self.scales.of(phase.trains)
             with statistics_only_of(self.model, phase.statistics):
-                for number, (micro, carry) in enumerate(zip(micro_batches, carries, strict=True), start=1):
+                for number, (micro, carry, again) in enumerate(zip(micro_batches, carries, kept, strict=True), start=1):
                     draws = drawing or self._drawing(micro, nimg)
-                    terms = self._terms(phase, micro, carry, noise, draws, tally)
+                    terms = self._terms(phase, micro, carry, again, noise, draws, tally)
                     last = number == len(micro_batches)
                     self.strategy.backward(terms.loss.sum() / global_batch * scale, last=last)
                     carry.update(terms.carry)
@@ -130,12 +141,15 @@ class Iteration:
         phase: Phase,
         micro: Batch,
         carry: dict[str, Tensor],
+        kept: Decoded | None,
         noise: Noise | None,
         drawing: Drawing,
         tally: Tally,
     ) -> Terms:
         condition = one_hot(micro.label, self.model.condition_dim, micro.x)
         players = self.precision.players(self.model, condition, tally.watch, drawing=drawing)
+        if kept is not None:
+            players = kept.players(players, phase)
         draws = Draws(noise or self._noise(micro), self.strategy.group.mean)
         return phase.loss(players, micro.x, draws, carry)
 

@@ -96,7 +96,9 @@ def follow(case: Case, iterations: int = 1) -> Prediction:
     On real tensors unless they are faked.
     """
     config, accumulation = case.config, case.config.train.accumulation
-    passes = min(accumulation, case.images, 2)  # all further micro-batches are like the second, or empty
+    passes = min(accumulation, case.images)
+    if not config.train.decode_once:  # then all further micro-batches are like the second, or empty
+        passes = min(passes, 2)
     with Storages() as storages:
         group = Silent(0, case.processes)
         model = _model(case, group)
@@ -111,6 +113,7 @@ def follow(case: Case, iterations: int = 1) -> Prediction:
             accumulation=passes,
             precision=Precision(case.dtype),
             scales=LossScales(enabled=case.dtype == "fp16"),
+            decode_once=config.train.decode_once,
         )
         batch = _batch(config, model, -(-case.images // accumulation) * passes)
         waiting = max(0, case.images - len(batch)) * batch.x[:1].nbytes  # images of the micro-batches left out

@@ -21,6 +21,11 @@ class TrainConfig:
     """Blocks of the networks that work on maps of this many pixels a side or more are not kept for the backward pass
     but computed once more there: less memory, the same results, about a third more time where all do (0). None keeps
     all. `sivae-dist memory` tells what it saves."""
+    decode_once: bool = False
+    """Where an objective decodes the same latents in both phases (Soft-IntroVAE unless it draws afresh, IntroVAE): keep
+    the images of the encoder phase with their graph for the decoder phase. Two of a decoder's forward passes an
+    iteration less, the same results, more memory (`sivae-dist memory` tells how much), for every micro-batch. Strategy
+    ddp only."""
     keep_freed_mb: int = 256
     """On a CPU the process keeps up to this much freed memory for the next tensors instead of giving it back to the
     system, which costs more time than much of the arithmetic on small maps. 0 leaves the C library as it is."""

@@ -105,6 +105,7 @@ class Trainer:
             accumulation=config.train.accumulation,
             precision=precision,
             scales=self.scales,
+            decode_once=config.train.decode_once,
         )
 
         # The whole position of a run: images seen, and the salt of data order and noise.

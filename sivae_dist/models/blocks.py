@@ -15,8 +15,7 @@ Which blocks do so is a setting of the run, never of the architecture or of a ch
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -46,23 +45,29 @@ class Block(nn.Module):
         )
 
     def _runs(self) -> tuple[AbstractContextManager[object], AbstractContextManager[object]]:
-        return nullcontext(), _on_copies(self)
+        return nullcontext(), _OnCopies(self)
 
 
-@contextmanager
-def _on_copies(block: nn.Module) -> Iterator[None]:
-    """Within, the buffers of a block are copies, which are then forgotten.
+class _OnCopies(AbstractContextManager[None]):
+    """Within, the buffers of a block are copies, which are then forgotten. As often as the block is recomputed.
 
     Putting old values back instead would tell autograd of a change to what it has saved elsewhere.
     """
-    own = [(m, name, buffer) for m in block.modules() for name, buffer in m.named_buffers(recurse=False)]
-    for module, name, buffer in own:
-        setattr(module, name, buffer.clone())
-    try:
-        yield
-    finally:
-        for module, name, buffer in own:
+
+    def __init__(self, block: nn.Module) -> None:
+        self.block = block
+        self._own: list[tuple[nn.Module, str, Tensor]] = []
+
+    def __enter__(self) -> None:
+        modules = self.block.modules()
+        self._own = [(m, name, buffer) for m in modules for name, buffer in m.named_buffers(recurse=False)]
+        for module, name, buffer in self._own:
+            setattr(module, name, buffer.clone())
+
+    def __exit__(self, *_: object) -> None:
+        for module, name, buffer in self._own:
             setattr(module, name, buffer)
+        self._own = []
 
 
 def recompute_blocks(model: nn.Module, from_pixels: int | None) -> int:

@@ -99,12 +99,15 @@ class Phase:
     loss:       the pure function (players, x_real, draws, carry) -> Terms.
     statistics: players whose batch-norm running statistics move in this phase. All networks always use batch statistics
                 while training, the frozen one too, as published.
+    decoded_again: names of draws whose z a later phase of the iteration decodes once more, under the same name and with
+                the same weights of the decoder, which this phase does not train. Whoever runs the phases may keep it.
     """
 
     name: str
     trains: tuple[str, ...]
     loss: PhaseFunction
     statistics: tuple[str, ...] = ("encoder", "decoder")
+    decoded_again: tuple[str, ...] = ()
 
 
 @dataclass

@@ -73,7 +73,7 @@ class IntroVae:
         if nimg < 1000 * self.config.vae_warmup_kimg:
             return self.warmup.phases(nimg)
         return (
-            Phase("encoder", ("encoder",), self.encoder_loss),
+            Phase("encoder", ("encoder",), self.encoder_loss, decoded_again=("z_prior", "z_post")),
             Phase("decoder", ("decoder",), self.decoder_loss, statistics=("encoder",)),
         )
 

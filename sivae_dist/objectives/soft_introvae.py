@@ -99,6 +99,8 @@ class SoftIntroVae:
         self.reduce = data_reduction(config.rec_loss, config.rec_real_reduction, sample_shape)
         # The order of the sources is that of the public image code, which decides the running statistics.
         self.sources = ("rec", "fake") if config.fake_sources == "prior+rec" else ("fake",)
+        again = {"z_prior": config.draws == "shared", "z_post": config.decoder_z == "reuse"}
+        self.decoded_again = tuple(name for name, used in again.items() if used)  # by both phases
         self.warmup = Vae(
             VaeConfig(
                 beta_rec=config.beta_rec,
@@ -115,7 +117,7 @@ class SoftIntroVae:
         if nimg < 1000 * self.config.vae_warmup_kimg:
             return self.warmup.phases(nimg)
         return (
-            Phase("encoder", ("encoder",), self.encoder_loss),
+            Phase("encoder", ("encoder",), self.encoder_loss, decoded_again=self.decoded_again),
             Phase("decoder", ("decoder",), self.decoder_loss),
         )
 

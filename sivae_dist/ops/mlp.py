@@ -73,6 +73,17 @@ def _product(a: Tensor, b: Tensor, bias: Tensor | None = None, *, relu: bool = F
     return torch.mm(b, a.t()).t() if b.shape[0] < a.shape[0] else torch.mm(a, b.t())
 
 
+def _reached(parameter: Any) -> bool:
+    """Whether this backward pass goes on to a parameter's node: one for some tensors alone leaves others out.
+
+    `ctx.needs_input_grad` only tells what the forward pass saw, so that gradients would be computed for nobody.
+    """
+    try:
+        return bool(torch._C._will_engine_execute_node(parameter))
+    except RuntimeError:  # the answer for a leaf that torch.autograd.grad was asked for
+        return True
+
+
 class _Chain(torch.autograd.Function):
     """x, n weights, n biases -> h_n."""
 
@@ -94,11 +105,9 @@ class _Chain(torch.autograd.Function):
             raise RuntimeError("oneDNN's linear layers have no second derivative; set kernels.dense to torch for one")
         layers: int = ctx.layers
         inputs, weights = ctx.saved_tensors[:layers], ctx.saved_tensors[layers:]
-        needs_x, needs_weight, needs_bias = (
-            ctx.needs_input_grad[0],
-            ctx.needs_input_grad[1 : layers + 1],
-            ctx.needs_input_grad[layers + 1 :],
-        )
+        edges = zip(ctx.needs_input_grad[1:], ctx.next_functions[1:], strict=True)
+        needs = [needed and _reached(node) for needed, (node, _) in edges]
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad[0], needs[:layers], needs[layers:]
         of_weight: list[Tensor | None] = [None] * layers
         of_bias: list[Tensor | None] = [None] * layers
         for i in reversed(range(layers)):

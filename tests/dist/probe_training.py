@@ -40,6 +40,10 @@ CASES = {
     "vae": (VaeConfig(), "batch", 1, 5),
     "soft-recomputed": (SoftIntroVaeConfig(beta_neg=4.0, gamma_r=0.5), "batch", 1, 7),
     "soft-recomputed-one-image": (SoftIntroVaeConfig(beta_neg=4.0), "batch", 1, 1),
+    "soft-once": (SoftIntroVaeConfig(beta_neg=4.0, gamma_r=0.5), "batch", 1, 7),
+    "soft-once-recomputed": (SoftIntroVaeConfig(beta_neg=4.0), "batch", 1, 7),
+    "soft-once-empty-micro-batches": (SoftIntroVaeConfig(beta_neg=4.0), "batch", 3, 1),
+    "introvae-once": (IntroVaeConfig(margin=1.0, beta_rec=0.3), "batch", 1, 7),
     "style-recomputed": (SoftIntroVaeConfig(beta_neg=4.0, decoder_z="reencode", draws="fresh"), "style", 1, 7),
     "style": (SoftIntroVaeConfig(beta_neg=4.0, decoder_z="reencode", draws="fresh"), "style", 1, 7),
     "modulated": (SoftIntroVaeConfig(beta_neg=4.0), "modulated", 1, 7),
@@ -77,7 +81,8 @@ def run(case: str, group: Group, iterations: int = 3) -> Iterator[tuple[str, np.
     recompute_blocks(model, 0 if "recomputed" in case else None)
     players = {"encoder": model.encoder, "decoder": model.decoder}
     strategy = Replicated(players, optim.build(players), group, clip_norm=0.5)
-    step = Iteration(model, objective.build(model.sample_shape), strategy, accumulation=accumulation)
+    once = "once" in case
+    step = Iteration(model, objective.build(model.sample_shape), strategy, accumulation=accumulation, decode_once=once)
     for number in range(iterations):
         gradients: dict[str, np.ndarray] = {}
 

@@ -53,6 +53,16 @@ def test_recomputed_blocks_change_nothing(alone: dict[str, np.ndarray]) -> None:
     assert_recomputed_equal(alone)
 
 
+def test_decoding_once_changes_nothing(alone: dict[str, np.ndarray]) -> None:
+    """On any number of ranks, with the above: gradients bit for bit, weights and statistics up to rounding."""
+    for case in ("soft", "introvae"):
+        names = [name for name in alone if name.startswith(f"{case}/")]
+        assert names
+        for name in names:
+            once = alone[name.replace(case, f"{case}-once", 1)]
+            np.testing.assert_allclose(once, alone[name], rtol=1e-12, atol=1e-12, err_msg=name)
+
+
 def test_the_comparison_sees_a_wrong_gradient(alone: dict[str, np.ndarray]) -> None:
     """Gradients of different iterations differ by far more than the tolerance, so equality above says something."""
     first = alone["soft/gradient0/encoder/encoder.head.weight"]

@@ -73,6 +73,18 @@ def test_prediction_is_what_a_training_step_allocates(name: str, dtype: Any, rec
     assert allocated(lambda: follow(case, iterations=2)) == pytest.approx(predicted, rel=TOLERANCE)
 
 
+@pytest.mark.parametrize("train", [{}, {"recompute_from": 0}, {"accumulation": 4}], ids=str)
+@pytest.mark.parametrize("name", quick_or_slow(["residual", "modulated"], quick={"residual"}))
+def test_prediction_where_phases_share_what_was_decoded(name: str, train: dict[str, Any]) -> None:
+    """Every micro-batch keeps its images and their graph until its decoder phase: more than without."""
+    told = {
+        once: predict(Case(run_config(name, train=train | {"decode_once": once}), 8, "fp32")) for once in (False, True)
+    }
+    case = Case(run_config(name, train=train | {"decode_once": True}), 8, "fp32")
+    assert allocated(lambda: follow(case, iterations=2)) == pytest.approx(told[True].total, rel=TOLERANCE)
+    assert told[True].phases["encoder"] > told[False].phases["encoder"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["residual", "style"])
 def test_prediction_with_micro_batches_on_two_processes(name: str) -> None:

@@ -128,7 +128,7 @@ def test_conditional_and_group_norm() -> None:
 
 def test_the_comparison_sees_statistics_that_move_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = trained(built("residual"), OBJECTIVES["soft_introvae"], None)
-    monkeypatch.setattr("sivae_dist.models.blocks._on_copies", lambda block: torch.enable_grad())
+    monkeypatch.setattr("sivae_dist.models.blocks._OnCopies", lambda block: torch.enable_grad())
     different = trained(built("residual"), OBJECTIVES["soft_introvae"], 0)
     assert not torch.equal(different["encoder.last.norm1.running_mean"], expected["encoder.last.norm1.running_mean"])
 

@@ -12,19 +12,18 @@ disturb less than wall time. Medians over blocks.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-import multiprocessing
 import random
 import statistics
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
 
 import torch
 from torch import Tensor
 
+from sivae_dist.apps.bench.turns import Start, in_turns
 from sivae_dist.data import HostBatch
 from sivae_dist.distributed.group import Group
 from sivae_dist.distributed.replicated import Replicated
@@ -143,6 +142,7 @@ class Engine:
             config.objective.build(self.model.sample_shape),
             Replicated(players, self.optimizers, Group()),
             precision=Precision(config.precision.resolved(), "cpu"),
+            decode_once=config.train.decode_once,
         )
         self.ema, self.meters = Ema(config.ema, self.model), Meters(Group(), CPU)
         self.batches = config.data.build(seed=0, salt=0, rank=0, ranks=1).batches(0, BATCH)
@@ -166,6 +166,7 @@ def contenders() -> dict[str, Callable[[], Plain | Engine]]:
     with_gamma_r = dataclasses.replace(config.objective, gamma_r=GAMMA_R)  # type: ignore[call-arg]
     bf16 = dataclasses.replace(config.precision, dtype="bf16")
     by_torch = dataclasses.replace(config.kernels, dense="torch")
+    once = dataclasses.replace(config.train, decode_once=True)
     gives_back = dataclasses.replace(config.train, keep_freed_mb=0)
     return {
         "plain loop": Plain,
@@ -174,56 +175,29 @@ def contenders() -> dict[str, Callable[[], Plain | Engine]]:
         "  kernels.dense torch": lambda: Engine(dataclasses.replace(config, kernels=by_torch)),
         "  train.keep_freed_mb 0": lambda: Engine(dataclasses.replace(config, train=gives_back)),
         "  both of these": lambda: Engine(dataclasses.replace(config, kernels=by_torch, train=gives_back)),
+        "  train.decode_once true": lambda: Engine(dataclasses.replace(config, train=once)),
         "  precision.dtype bf16": lambda: Engine(dataclasses.replace(config, precision=bf16)),
     }
 
 
 def run(seconds: float, block: int = 8) -> list[Row]:
     """Times all, about `seconds` of CPU time each, in turns."""
-    context = multiprocessing.get_context("spawn")
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in contenders()}
-    with ExitStack() as stack:
-        pipes: dict[str, Connection] = {}
-        for name in times:
-            pipes[name], theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(name, theirs), daemon=True)
-            process.start()
-            stack.callback(process.join)
-            stack.callback(pipes[name].close)  # which ends it
-            theirs.close()
-        _turn(pipes, 2)
-        spent = 0.0
-        while spent < seconds * len(times) or len(times["plain loop"]) < 3:
-            for name, measured in _turn(pipes, block).items():
-                times[name].append(measured)
-                spent += block * sum(measured)
+    starts: dict[str, Start[tuple[float, float]]] = {name: functools.partial(_start, name) for name in contenders()}
+    times = in_turns(starts, seconds=seconds, spent=lambda parts: block * sum(parts), block=block)
     return [
         Row(name, statistics.median(a + b for a, b in parts), statistics.fmean(a for a, _ in parts))
         for name, parts in times.items()
     ]
 
 
-def _turn(pipes: dict[str, Connection], count: int) -> dict[str, tuple[float, float]]:
-    """A block of each, one after the other."""
-    measured = {}
-    for name, pipe in pipes.items():
-        pipe.send(count)
-        measured[name] = pipe.recv()
-    return measured
-
-
-def _serve(name: str, pipe: Connection) -> None:
-    """Times blocks of one contender until nobody asks any more."""
+def _start(name: str) -> Callable[[int], tuple[float, float]]:
+    """One contender, on one thread."""
     torch.set_num_threads(1)
     each = contenders()[name]()
     if isinstance(each, Engine):  # as the trainer begins
         host_memory.keep_freed(each.config.train.keep_freed_mb)
         kernels.configure(each.config.kernels, CPU)
-    try:
-        while True:
-            pipe.send(_block(each, pipe.recv()))
-    except EOFError:
-        return
+    return functools.partial(_block, each)
 
 
 def _block(each: Plain | Engine, count: int) -> tuple[float, float]:

@@ -83,6 +83,10 @@ class StyledDecoder(nn.Module):
         """Pixels a side at which each layer in use acts, the coarsest first."""
         raise NotImplementedError
 
+    def running_averages(self) -> Iterator[tuple[Tensor, float]]:
+        """See `models.averages`."""
+        yield self.dlatent_avg, self.average_beta
+
     def hold_average(self) -> None:
         """From now on decoding in evaluation mode moves no average, whatever average_updates was."""
         self.average_updates = "training"
