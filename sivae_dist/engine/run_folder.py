@@ -74,12 +74,15 @@ def write_json(path: Path, value: object) -> None:
 
 def environment() -> dict[str, object]:
     """Versions that a result depends on: this code, Python, packages."""
+    import torch  # noqa: PLC0415 (names alone are had without)
+
     packages: dict[str, str | None] = {}
     for name in PACKAGES:
         try:
             packages[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             packages[name] = None
+    packages["torch"] = torch.__version__  # with the build, as in 2.13.0+cpu, which the package's name may lack
     return {
         "sivae_dist": __version__,
         "revision": _revision(),
