@@ -28,6 +28,7 @@ DensityName = Literal["8gaussians", "2spirals", "checkerboard", "rings"]
 ObjectiveName = Literal["vae", "introvae", "soft_introvae"]
 DENSITIES: tuple[DensityName, ...] = get_args(DensityName)
 OBJECTIVES: tuple[ObjectiveName, ...] = get_args(ObjectiveName)
+PrecisionName = Literal["fp32", "bf16"]
 
 # Weights of objectives that are not the recipe's.
 Settings = Mapping[tuple[DensityName, ObjectiveName], Mapping[str, float]]
@@ -86,6 +87,7 @@ def plan(
     iterations: int | None = None,
     stop_after: int | None = None,
     tuned: Settings | None = None,
+    precision: PrecisionName = "fp32",
     suffix: str = "",
 ) -> list[Job]:
     """Jobs in folders out/DENSITY-OBJECTIVE-seedN{suffix}, seed by seed: a part of the work is a whole comparison.
@@ -93,6 +95,7 @@ def plan(
     iterations: instead of the recipes' 30,000; warm-up, milestones, reports and checkpoints shrink in proportion.
     stop_after: iterations after which every model ends, within schedules that stay as they are.
     tuned:      weights of the objectives instead of the recipes'.
+    precision:  number format of the networks' computations.
     Raises UserError where a folder holds a run with other settings.
     """
     jobs = []
@@ -104,6 +107,10 @@ def plan(
                 config = dataclasses.replace(config, objective=dataclasses.replace(config.objective, **weights))  # type: ignore[arg-type]
                 config = _cut(_of_length(config, iterations), stop_after)
                 config = dataclasses.replace(config, train=dataclasses.replace(config.train, seed=seed))
+                if precision != "fp32":  # which the recipes have
+                    config = dataclasses.replace(
+                        config, precision=dataclasses.replace(config.precision, dtype=precision)
+                    )
                 job = Job(
                     density, objective, seed, config, RunFolder(out / f"{density}-{objective}-seed{seed}{suffix}")
                 )
@@ -213,7 +220,8 @@ def _start(job: Job, out: Path) -> _Running:
         command,
         stdout=log,
         stderr=subprocess.STDOUT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        # What the run's configuration says counts, not what a launcher that is not there would.
+        env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_MIXED_PRECISION": "no"},
         start_new_session=True,  # Ctrl-C reaches them through `_end` only
     )
     return _Running(job, process, log)

@@ -103,6 +103,7 @@ def settings(jobs: Sequence[Job]) -> dict[str, Any]:
             "objective": dataclasses.asdict(job.config.objective),
             "train": {"kimg": job.config.train.kimg, "batch": job.config.train.batch},
             "optim": dataclasses.asdict(job.config.optim),
+            **({} if job.config.precision.dtype == "auto" else {"precision": job.config.precision.dtype}),
         }
         for job in jobs
     }

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sivae_dist.apps import toy, toy_report
-from sivae_dist.apps.toy import DensityName, Job, ObjectiveName, Settings
+from sivae_dist.apps.toy import DensityName, Job, ObjectiveName, PrecisionName, Settings
 from sivae_dist.counters import key, uniform
 from sivae_dist.data.toy2d import EXTENT, Toy2dStream
 from sivae_dist.engine.load import load
@@ -48,7 +48,13 @@ class Trial:
 
 
 def plan(
-    out: Path, densities: Sequence[DensityName], objectives: Sequence[ObjectiveName], *, trials: int, iterations: int
+    out: Path,
+    densities: Sequence[DensityName],
+    objectives: Sequence[ObjectiveName],
+    *,
+    trials: int,
+    iterations: int,
+    precision: PrecisionName = "fp32",
 ) -> list[Trial]:
     """Trials in folders out/DENSITY-OBJECTIVE-seed1000-trialN, all of number 0 first.
 
@@ -69,6 +75,7 @@ def plan(
                     seeds=[SEED],
                     iterations=iterations,
                     tuned=tuned,
+                    precision=precision,
                     suffix=f"-trial{number}",
                 )
                 found.append(Trial(number, job, settings))

@@ -60,6 +60,20 @@ def test_a_run_that_stops_early_is_the_beginning_of_the_whole_one(tmp_path: Path
     assert dataclasses.replace(cut, train=whole.train) == whole
 
 
+def test_precision_is_the_commands_not_the_environments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (job,) = toy.plan(tmp_path, ("rings",), ("vae",), seeds=[0])
+    (half,) = toy.plan(tmp_path, ("rings",), ("vae",), seeds=[0], precision="bf16")
+    assert half.config.precision.dtype == "bf16"
+    assert dataclasses.replace(half.config, precision=job.config.precision) == job.config
+    assert toy_report.settings([half]) != toy_report.settings([job])  # so their rows share no table
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    given: list[dict[str, str]] = []
+    monkeypatch.setattr(toy.subprocess, "Popen", lambda *_, env, **__: given.append(env))  # type: ignore[attr-defined]
+    running = toy._start(job, tmp_path)
+    running.log.close()
+    assert given[0]["ACCELERATE_MIXED_PRECISION"] == "no"
+
+
 def test_the_twelve_models_share_what_they_should(tmp_path: Path) -> None:
     jobs = toy.plan(tmp_path, toy.DENSITIES, toy.OBJECTIVES, seeds=range(2))
     assert len({job.name for job in jobs}) == len(jobs) == 24
