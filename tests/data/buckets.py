@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import quote
 
+from sivae_dist.data.store import Access
+
 
 class Bucket(Protocol):
     """env: what a client's environment must hold. url: of the folder that `fill` makes."""
@@ -28,6 +30,11 @@ def fill(bucket: Bucket, folder: Path) -> None:
     """Uploads the files of a folder to sets/packed."""
     for path in folder.iterdir():
         bucket.put(f"sets/packed/{path.name}", path.read_bytes())
+
+
+def access(folder: Path, **changes: Any) -> Access:
+    """How to read, with a small cache below a folder and little patience."""
+    return Access(**{"cache_dir": str(folder / "cache"), "cache_gb": 0.01, "limit_s": 30, "retries": 1, **changes})
 
 
 class GoogleBucket:

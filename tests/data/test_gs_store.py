@@ -1,4 +1,4 @@
-"""Shards in Google's kind of store (an emulator on loopback), through gcsfs as users have it."""
+"""What is Google's own among object stores: refusals, credentials (on loopback, through gcsfs)."""
 
 from __future__ import annotations
 
@@ -11,75 +11,22 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-from buckets import GoogleBucket, fill, google_server
+from buckets import GoogleBucket, access, serving_bucket
 
 from sivae_dist.data.faults import DataError, StorageError
-from sivae_dist.data.loader import ShardsConfig
-from sivae_dist.data.shard_read import ShardReader, load_manifest
-from sivae_dist.data.store import Access, open_store
+from sivae_dist.data.shard_read import load_manifest
+from sivae_dist.data.store import open_store
 
 pytestmark = pytest.mark.slow
 
 URL = GoogleBucket.url
 
 
-@pytest.fixture(scope="module")
-def endpoint():
-    with google_server() as address:
-        yield address
-
-
-@pytest.fixture
-def bucket(endpoint, packed, monkeypatch):
-    found = GoogleBucket(endpoint)
-    for name, value in found.env.items():
-        monkeypatch.setenv(name, value)
-    fill(found, packed)
-    yield found
-    found.wipe()
-
-
-def access(tmp_path, **changes) -> Access:
-    return Access(**{"cache_dir": str(tmp_path / "cache"), "cache_gb": 0.01, "limit_s": 30, "retries": 1, **changes})
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("cache_gb", [0, 0.01])
-def test_the_same_batches_as_from_the_folder(bucket, packed, tmp_path, workers, cache_gb):
-    def served(url):
-        settings = {"lanes": 8, "window": 4, "workers": workers, "cache_dir": str(tmp_path / "cache")}
-        source = ShardsConfig(url=url, cache_gb=cache_gb, **settings).build(seed=5, salt=0, rank=0, ranks=1)
-        batches = source.batches(0, 6)
-        found = [next(batches) for _ in range(12)]
-        source.close()
-        return [(b.position.tolist(), b.label.tolist(), b.data.numpy().tobytes()) for b in found]
-
-    assert served(URL) == served(str(packed))
-
-
-def test_faults(bucket, tmp_path, packed, monkeypatch):
-    store = open_store(URL, access(tmp_path, cache_gb=0))
-    manifest = load_manifest(store)
-    assert store.size("shard-000000.tar") == manifest.shards[0].bytes
-    reader = ShardReader(store, manifest, manifest.shards)
-    bucket.delete("sets/packed/shard-000001.index")
-    with pytest.raises(DataError, match=r"shard-000001\.index is missing"):
-        reader.encoded(1, 0)
-    tar = (packed / "shard-000002.tar").read_bytes()
-    reader.index(2)
-    bucket.put("sets/packed/shard-000002.tar", tar[:700])
-    with pytest.raises(DataError, match="truncated"):
-        reader.encoded(2, 0)
-    bucket.put("sets/packed/shard-000002.tar", bytes(len(tar)))
-    reader = ShardReader(store, manifest, manifest.shards)
-    with pytest.raises(DataError, match="checksum differs"):
-        reader.encoded(2, 0)
-    for nowhere in ("gs://data/elsewhere", "gs://nobody/sets/packed"):
+def test_a_bucket_that_is_not_there(packed, tmp_path, monkeypatch):
+    with serving_bucket("gs", packed) as bucket:
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", bucket.env["STORAGE_EMULATOR_HOST"])
         with pytest.raises(DataError, match=r"manifest\.json is missing"):
-            load_manifest(open_store(nowhere, access(tmp_path)))
-    monkeypatch.setenv("STORAGE_EMULATOR_HOST", "http://127.0.0.1:9")
-    with pytest.raises(StorageError, match=r"given up after .* 2 attempts"):
-        load_manifest(open_store(URL, access(tmp_path)))
+            load_manifest(open_store("gs://nobody/sets/packed", access(tmp_path)))
 
 
 @pytest.mark.parametrize(
