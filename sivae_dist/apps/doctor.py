@@ -14,16 +14,25 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from sivae_dist import __version__
-from sivae_dist.apps.checks import accelerate_config, devices, kernels, software, storage
+from sivae_dist.apps.checks import accelerate_config, devices, kernels, run_config, software, storage
 from sivae_dist.apps.checks.base import Check, guarded, ok
+from sivae_dist.errors import UserError
 
 
 def examine(
-    data: str | None, out: Path, accelerate_file: Path | None, cache_dir: str = "", cache_gb: float = 16.0
+    data: str | None,
+    out: Path,
+    accelerate_file: Path | None,
+    cache_dir: str | None = None,
+    cache_gb: float | None = None,
+    *,
+    config: Path | None = None,
+    processes: int | None = None,
 ) -> list[Check]:
     """All checks, in the order of the report.
 
-    data: shard folder, or None to look at none. cache_dir, cache_gb: as in a run's configuration.
+    data: shard folder; None: the configuration's, if there is one. cache_dir, cache_gb: as in a run's configuration;
+    None: this one's. processes: that share the run's batch; None: one a GPU, or one.
     """
     looks: list[tuple[str, Callable[[], list[Check]]]] = [
         ("python", software.python),
@@ -43,9 +52,16 @@ def examine(
         ("memory", storage.memory),
         ("threads", devices.threads),
     ]
-    if data is not None:
-        looks.append(("data", functools.partial(storage.data, data)))
-        looks.append(("data cache", functools.partial(storage.data_cache, data, cache_dir, cache_gb)))
+    own: tuple[str, str, float] | None = None
+    if config is not None:
+        looks.append((run_config.NAME, functools.partial(run_config.config, config, processes)))
+        with contextlib.suppress(UserError):  # told by the look at the configuration
+            own = run_config.data_of(config)
+    url, folder, size = own or (None, "", 16.0)
+    if url := data or url:
+        folder, size = folder if cache_dir is None else cache_dir, size if cache_gb is None else cache_gb
+        looks.append(("data", functools.partial(storage.data, url)))
+        looks.append(("data cache", functools.partial(storage.data_cache, url, folder, size)))
     checks = [ok("sivae-dist", f"{__version__} in {Path(__file__).resolve().parents[1]}")]
     with _quiet():
         for name, look in looks:

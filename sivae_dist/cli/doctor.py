@@ -17,6 +17,12 @@ def _gb(text: str) -> float:
     return value
 
 
+def _count(text: str) -> int:
+    if not (text.isdecimal() and 1 <= int(text) <= 1 << 20):
+        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
+    return int(text)
+
+
 def run(arguments: list[str]) -> None:
     """Looks, reports, and ends with status 1 if there is a problem (warnings are none)."""
     parser = argparse.ArgumentParser(
@@ -25,18 +31,28 @@ def run(arguments: list[str]) -> None:
         epilog="Status 0: no problem (there may be warnings). Status 1: a problem.",
     )
     parser.add_argument("--json", action="store_true", help="print a list of checks for programs")
-    parser.add_argument("--data", metavar="FOLDER", help="also look at this packed data set")
     parser.add_argument(
-        "--cache-dir", metavar="FOLDER", default="", help="data.cache_dir of the run, for data elsewhere"
+        "--config", metavar="FILE", type=Path, help="also look at this run: its settings, memory, data and cache"
     )
-    parser.add_argument("--cache-gb", metavar="GB", default=16.0, type=_gb, help="data.cache_gb of the run (16)")
+    parser.add_argument("--processes", metavar="N", type=_count, help="that share the run's batch (one a GPU, or one)")
+    parser.add_argument("--data", metavar="FOLDER", help="also look at this packed data set (instead of the config's)")
+    parser.add_argument("--cache-dir", metavar="FOLDER", help="data.cache_dir of the run, for data elsewhere")
+    parser.add_argument("--cache-gb", metavar="GB", type=_gb, help="data.cache_gb of the run (16)")
     parser.add_argument("--out", metavar="FOLDER", default="runs", type=Path, help="where runs will be written (runs)")
     parser.add_argument("--accelerate-config", metavar="FILE", type=Path, help="instead of the user's default one")
     options = parser.parse_args(arguments)
 
     from sivae_dist.apps import doctor  # noqa: PLC0415 (--help stays quick)
 
-    checks = doctor.examine(options.data, options.out, options.accelerate_config, options.cache_dir, options.cache_gb)
+    checks = doctor.examine(
+        options.data,
+        options.out,
+        options.accelerate_config,
+        options.cache_dir,
+        options.cache_gb,
+        config=options.config,
+        processes=options.processes,
+    )
     text = json.dumps([dataclasses.asdict(c) for c in checks], indent=1) if options.json else doctor.report(checks)
     print(text, flush=True)
     sys.stderr.flush()

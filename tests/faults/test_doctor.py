@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import small_disk
-from commands import ROOT, Done, Runner, environment
+from commands import ROOT, Done, Runner, environment, write_config
 
 
 def checks(done: Done) -> dict[str, dict[str, str]]:
@@ -246,3 +246,36 @@ def test_small_and_unwritable_disks(tmp_path: Path) -> None:
         assert code == 1 and "Read-only file system" in found["out folder"]["found"]
     finally:
         run.close()
+
+
+def test_a_run(run: Runner, packed: Path, tmp_path: Path) -> None:
+    """Settings, memory, and the data that the configuration names, unless others are named."""
+    good, bad = (write_config(tmp_path / f"{name}.yaml", packed) for name in ("good", "bad"))
+    bad.write_text("model: {name: residual}\ntrain: {bach: 3}\n")
+    _, found = examine(run, "--config", good)
+    assert {found[name]["status"] for name in ("config", "run's memory", "data")} == {"ok"}
+    assert "48 samples of 16 px" in found["data"]["found"]
+    assert "GiB of " in found["run's memory"]["found"]
+    _, found = examine(run, "--config", good, "--data", tmp_path / "elsewhere")
+    assert "elsewhere" in found["data"]["found"]
+    status, found = examine(run, "--config", bad)
+    assert status == 1
+    assert "train.bach" in found["config"]["found"] and "batch" in found["config"]["remedy"]
+    assert "data" not in found
+
+
+def test_memory_of_a_run(packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All processes of a machine without GPUs share its memory; what is needed is what `sivae-dist memory` tells."""
+    from sivae_dist.apps import memory_table
+    from sivae_dist.apps.checks import run_config
+
+    path = write_config(tmp_path / "c.yaml", packed)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    (row,) = memory_table.rows(path, memory_table.Wish(processes=3))
+    monkeypatch.setattr(memory_table, "rows", lambda _, wish: [row] if wish.processes == 3 else [])
+    for share, status in ((0.5, "problem"), (1.05, "warning"), (4.0, "ok")):
+        monkeypatch.setattr(run_config, "available_memory", lambda share=share: share * 3 * row.bytes.total)
+        (check,) = (c for c in run_config.config(path, 3) if c.name == run_config.MEMORY)
+        assert check.status == status
+        assert check.found.startswith("3 processes with ")
+        assert ("accumulation" in check.remedy) == (status != "ok")

@@ -61,14 +61,27 @@ def open_files() -> list[Check]:
 
 def memory() -> list[Check]:
     """Host memory, and a container's limit of it."""
-    fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines() if ":" in line)
-    total, free = (int(fields[key].split()[0]) * 1024 / GB for key in ("MemTotal", "MemAvailable"))
+    total, free, limit = (part / GB for part in _memory())
     what = f"{total:.1f} GB, {free:.1f} GB available"
-    limit = Path("/sys/fs/cgroup/memory.max")
-    if limit.is_file() and (text := limit.read_text().strip()).isdecimal():
-        what += f", container limit {int(text) / GB:.1f} GB"
-        free = min(free, int(text) / GB)
+    if limit < math.inf:
+        what += f", container limit {limit:.1f} GB"
+        free = min(free, limit)
     return [ok("memory", what) if free >= 2 else warning("memory", what, "end other programs, or lower data.workers")]
+
+
+def available_memory() -> float:
+    """Bytes of host memory that a run may take."""
+    _, free, limit = _memory()
+    return min(free, limit)
+
+
+def _memory() -> tuple[float, float, float]:
+    """Bytes in all, available, and a container's limit (infinite without one)."""
+    fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines() if ":" in line)
+    total, free = (float(fields[key].split()[0]) * 1024 for key in ("MemTotal", "MemAvailable"))
+    limit = Path("/sys/fs/cgroup/memory.max")
+    text = limit.read_text().strip() if limit.is_file() else "max"
+    return total, free, float(text) if text.isdecimal() else math.inf
 
 
 def data_cache(url: str, folder: str, size_gb: float) -> list[Check]:

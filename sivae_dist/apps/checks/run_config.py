@@ -1,0 +1,68 @@
+"""A run's configuration: whether it can be read, and whether what it needs fits into the device's memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from sivae_dist.apps.checks.base import Check, ok, problem, warning, within
+from sivae_dist.apps.checks.storage import available_memory
+
+NAME, MEMORY = "config", "run's memory"
+_PREDICTION_S = 300.0
+_NEARLY = 0.9  # of the memory: workspaces of convolutions and the allocator's slack come on top of what is predicted
+
+
+def config(path: Path, processes: int | None) -> list[Check]:
+    """Reads it and predicts the memory of one iteration. processes: that share the batch; None: one a GPU, or one."""
+    from sivae_dist.engine.config import from_dict, read_yaml  # noqa: PLC0415
+
+    run = from_dict(read_yaml(path), str(path))
+    size = getattr(run.model, "image_size", None)
+    what = f"{path}: {run.objective.name} on {run.model.name}"
+    found = [ok(NAME, f"{what}{f' of {size} px' if size else ''}, batch {run.train.batch}, {run.train.kimg:g} kimg")]
+    late = warning(MEMORY, f"not predicted within {_PREDICTION_S:.0f} s", f"sivae-dist memory {path} takes its time")
+    return found + within(_PREDICTION_S, lambda: _memory(path, processes), MEMORY, late)
+
+
+def data_of(path: Path) -> tuple[str, str, float] | None:
+    """(url, cache folder, its size in GB) of the shards that a configuration trains on; None if it has none."""
+    from sivae_dist.data.loader import ShardsConfig  # noqa: PLC0415
+    from sivae_dist.engine.config import from_dict, read_yaml  # noqa: PLC0415
+
+    data = from_dict(read_yaml(path), str(path)).data
+    if not isinstance(data, ShardsConfig) or not data.url:
+        return None
+    return data.url, data.cache_dir, data.cache_gb
+
+
+def _memory(path: Path, processes: int | None) -> list[Check]:
+    import torch  # noqa: PLC0415
+
+    from sivae_dist.apps import memory_table  # noqa: PLC0415
+
+    devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    count = processes or max(devices, 1)
+    worst = max(memory_table.rows(path, memory_table.Wish(processes=count)), key=lambda row: row.bytes.total)
+    need = float(worst.bytes.total)
+    if devices:
+        have, where = float(min(torch.cuda.get_device_properties(n).total_memory for n in range(devices))), "a GPU"
+    else:
+        have, where = available_memory(), "this machine"
+        need *= count  # all on this machine
+    images = f"{worst.images} image{'s' if worst.images > 1 else ''}"
+    splits = f" in {worst.micro_batches} parts" if worst.micro_batches > 1 else ""
+    pixels = f" at {worst.resolution} px" if worst.resolution else ""
+    each = f"{count} processes with " if count > 1 else ""
+    what = f"{each}{images}{splits}{pixels} in {worst.precision}: {_gib(need)} of {where}'s {_gib(have)}"
+    remedy = (
+        "raise train.accumulation, set train.recompute_from 0 or precision.dtype bf16, or lower train.batch; "
+        f"`sivae-dist memory {path} --recompute-from none 0 --precision fp32 bf16` compares them"
+    )
+    if need > have:
+        return [problem(MEMORY, what, remedy)]
+    return [warning(MEMORY, f"{what}, which is nearly all", remedy) if need > _NEARLY * have else ok(MEMORY, what)]
+
+
+def _gib(nbytes: float) -> str:
+    size = nbytes / 2**30
+    return f"{size:.1f} GiB" if size >= 1 else f"{size:.2g} GiB"
