@@ -160,10 +160,15 @@ def _cut(config: RunConfig, stop_after: int | None) -> RunConfig:
     return dataclasses.replace(config, train=dataclasses.replace(config.train, kimg=kimg))
 
 
+def holds(run: RunFolder, config: RunConfig) -> bool:
+    """Whether a run folder holds a run with this configuration."""
+    return from_dict(read_yaml(run.config), str(run.config)) == config
+
+
 def _check_same(job: Job) -> None:
     if not job.run.config.exists():
         return
-    if from_dict(read_yaml(job.run.config), str(job.run.config)) != job.config:
+    if not holds(job.run, job.config):
         raise UserError(
             f"{job.run.root} holds a run with other settings "
             "(another --iterations, --stop-after or --tune, or another version)",

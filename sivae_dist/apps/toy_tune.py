@@ -4,11 +4,14 @@ For each density and objective: N trials, of which the first has the recipe's se
 objective's own weights evenly, on a logarithmic scale, between a quarter and four times the recipe's. (Random draws
 leave gaps: seven of them had no VAE for 8 Gaussians whose code carries anything.) Trials are shortened runs with a seed
 that no compared model has, judged by the Jensen-Shannon divergence to held-out points that the comparison does not use.
-The best trial's settings are then those of the compared models, at full length.
+
+Settings that learn fast need not be the best in the end, so the best two trials of each are then trained as long as the
+compared models, and judged again. The better one's settings are those of the compared models; it is the first of them.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -23,7 +26,7 @@ from sivae_dist.apps.toy import DensityName, Job, ObjectiveName, PrecisionName, 
 from sivae_dist.counters import key, uniform
 from sivae_dist.data.toy2d import EXTENT, Toy2dStream
 from sivae_dist.engine.load import load
-from sivae_dist.engine.run_folder import write_json
+from sivae_dist.engine.run_folder import RunFolder, write_json
 from sivae_dist.errors import UserError
 from sivae_dist.evaluation import toy2d
 
@@ -36,6 +39,9 @@ KNOBS: dict[ObjectiveName, tuple[str, ...]] = {
     "introvae": ("beta_rec", "beta_kl", "beta_neg", "margin"),
     "soft_introvae": ("beta_rec", "beta_kl", "beta_neg"),
 }
+
+
+Place = tuple[DensityName, ObjectiveName]
 
 
 @dataclass(frozen=True)
@@ -80,6 +86,75 @@ def plan(
                 )
                 found.append(Trial(number, job, settings))
     return found
+
+
+def finals(
+    out: Path,
+    trials: Sequence[Trial],
+    *,
+    count: int,
+    seed: int,
+    iterations: int | None = None,
+    stop_after: int | None = None,
+    precision: PrecisionName = "fp32",
+) -> list[Trial]:
+    """The best `count` finished trials of each density and objective as whole runs with a seed, all best ones first.
+
+    In folders out/tune/DENSITY-OBJECTIVE-seedS-trialN, or out/DENSITY-OBJECTIVE-seedS where `settle` has moved one.
+    Raises UserError where a folder holds another run.
+    """
+    ranked: dict[Place, list[Trial]] = {}
+    for trial in sorted(trials, key=lambda each: (judged(each), each.number)):
+        ranked.setdefault(_place(trial), []).append(trial)
+    places = dict.fromkeys(_place(trial) for trial in trials)
+    found = []
+    for rank in range(min(count, *(len(each) for each in ranked.values()))):
+        for density, objective in places:
+            trial = ranked[density, objective][rank]
+            (job,) = toy.plan(
+                out / "tune",
+                [density],
+                [objective],
+                seeds=[seed],
+                iterations=iterations,
+                stop_after=stop_after,
+                tuned={(density, objective): trial.settings},
+                precision=precision,
+                suffix=f"-trial{trial.number}",
+            )
+            settled = RunFolder(_home(out, job))
+            if settled.config.exists() and toy.holds(settled, job.config):
+                job = dataclasses.replace(job, run=settled)
+            found.append(Trial(trial.number, job, trial.settings))
+    homes = {trial.job.run.root for trial in found}
+    for place in places:
+        mine = [trial for trial in found if _place(trial) == place]
+        home = _home(out, mine[0].job)
+        if home.exists() and home not in homes:
+            raise UserError(f"{home} holds a run with settings that are not in the final", "give another --out")
+    return found
+
+
+def settle(out: Path, finalists: Sequence[Trial]) -> None:
+    """Moves the best finished whole run of each density and objective to where compared models are, others away."""
+    chosen = choose(finalists)
+    for trial in finalists:
+        home = _home(out, trial.job)
+        away = out / "tune" / f"{home.name}-trial{trial.number}"
+        if trial.job.run.root == home and chosen[_place(trial)] != trial.settings:
+            home.rename(away)
+    for trial in finalists:
+        home = _home(out, trial.job)
+        if trial.job.run.root != home and chosen[_place(trial)] == trial.settings:
+            trial.job.run.root.rename(home)
+
+
+def _home(out: Path, job: Job) -> Path:
+    return out / f"{job.density}-{job.objective}-seed{job.seed}"
+
+
+def _place(trial: Trial) -> Place:
+    return trial.job.density, trial.job.objective
 
 
 def drawn(density: DensityName, objective: ObjectiveName, number: int) -> dict[str, float]:
@@ -127,18 +202,26 @@ def judged(trial: Trial) -> float:
 
 def choose(trials: Sequence[Trial]) -> Settings:
     """The settings of the best finished trial of each density and objective; the earlier one of equals."""
-    best: dict[tuple[DensityName, ObjectiveName], tuple[float, int, Mapping[str, float]]] = {}
+    best: dict[Place, tuple[float, int, Mapping[str, float]]] = {}
     for trial in trials:
-        place = trial.job.density, trial.job.objective
-        value = judged(trial)
-        if place not in best or value < best[place][0]:
+        place, value = _place(trial), judged(trial)
+        if place not in best or (value, trial.number) < best[place][:2]:
             best[place] = value, trial.number, trial.settings
     return {place: settings for place, (_, _, settings) in best.items()}
 
 
-def write(trials: Sequence[Trial], path: Path) -> Settings:
-    """Chooses, and writes every trial and the choice to `path`, for `read` and for readers."""
-    chosen = choose(trials)
+def write(trials: Sequence[Trial], path: Path, finalists: Sequence[Trial] = ()) -> Settings:
+    """Chooses (among the finalists, if there are any), and writes all and the choice for `read` and for readers."""
+    chosen = choose(finalists or trials)
+    names = {f"{density}-{objective}": dict(settings) for (density, objective), settings in chosen.items()}
+    told: dict[str, object] = {"chosen": names, **_told(trials)}
+    if finalists:
+        told["finals"] = _told(finalists)
+    write_json(path, told)
+    return chosen
+
+
+def _told(trials: Sequence[Trial]) -> dict[str, object]:
     rows = [
         {
             "density": trial.job.density,
@@ -150,9 +233,7 @@ def write(trials: Sequence[Trial], path: Path) -> Settings:
         for trial in trials
     ]
     points = max(trial.job.config.train.total_nimg for trial in trials)
-    names = {f"{density}-{objective}": dict(settings) for (density, objective), settings in chosen.items()}
-    write_json(path, {"chosen": names, "points": points, "seed": SEED, "trials": rows})
-    return chosen
+    return {"points": points, "seed": trials[0].job.seed, "trials": rows}
 
 
 def read(path: Path, densities: Sequence[DensityName], objectives: Sequence[ObjectiveName]) -> Settings:
@@ -179,15 +260,23 @@ def _weight(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value > 0
 
 
-def table(trials: Sequence[Trial]) -> str:
-    """Markdown: the divergence of the recipe, of the best trial, and what was chosen."""
-    chosen = choose(trials)
+def table(trials: Sequence[Trial], finalists: Sequence[Trial] = ()) -> str:
+    """Markdown: the divergence of every trial and finalist by its number, and what was chosen."""
+    chosen = choose(finalists or trials)
     count = 1 + max(trial.number for trial in trials)
-    points = max(trial.job.config.train.total_nimg for trial in trials)
-    lines = [f"best of {count} settings each, by JSD (nats) after {points} points; the first is the recipe", ""]
-    lines += ["| density | objective | recipe | best | settings |", "|---|---|---|---|---|"]
-    for (density, objective), settings in chosen.items():
-        mine = {t.number: judged(t) for t in trials if (t.job.density, t.job.objective) == (density, objective)}
+    points = [max(trial.job.config.train.total_nimg for trial in each) for each in (trials, finalists) if each]
+    lines = [
+        f"{count} settings each, number 0 the recipe's; JSD (nats) of each after {points[0]} points"
+        + (f", of the best ones after {points[1]}" if finalists else ""),
+        "",
+    ]
+    ends = " in the end |" if finalists else ""
+    lines += ["| density | objective |" + "".join(f" {n} |" for n in range(count)) + ends + " settings |"]
+    lines += ["|---" * (3 + count + bool(finalists)) + "|"]
+    for place, settings in chosen.items():
+        mine = {t.number: judged(t) for t in trials if _place(t) == place}
+        last = ", ".join(f"{t.number}: {judged(t):.4f}" for t in finalists if _place(t) == place)
         told = ", ".join(f"{knob} {value:g}" for knob, value in settings.items())
-        lines.append(f"| {density} | {objective} | {mine[0]:.4f} | {min(mine.values()):.4f} | {told} |")
+        cells = [*place, *(f"{mine[n]:.4f}" for n in range(count)), *([last] if finalists else []), told]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

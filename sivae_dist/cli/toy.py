@@ -21,6 +21,7 @@ def toy(
     stop_after: int | None = None,
     tune: int | None = None,
     tune_iterations: int = 3000,
+    finalists: int = 2,
     tuned: Path | None = None,
     precision: Literal["fp32", "bf16"] = "fp32",
     jobs: int = 1,
@@ -40,6 +41,8 @@ def toy(
         tune: First try this many settings of every objective on every density (the recipe, and others spread
             around it) in shortened runs; then train with the best ones. All are told in tune.json.
         tune_iterations: Iterations of each of these trials.
+        finalists: So many of the best trials of each are trained to the end, with the first seed, and the best of
+            these is taken. 1: the best of the short trials, unseen.
         tuned: Train with the settings of this tune.json instead of the recipes'.
         precision: bf16 computes the networks in half precision, in about two thirds of the time.
         jobs: Models trained at once, one thread each.
@@ -48,6 +51,8 @@ def toy(
     """
     if not (all or density or objective):
         raise UserError("nothing is chosen", "sivae-dist toy --all, or --density rings --objective vae soft_introvae")
+    if finalists < 1:
+        raise UserError(f"--finalists is {finalists}, expected 1 or more", "2 are usual")
     if seeds < 1:
         raise UserError(f"--seeds is {seeds}, expected 1 or more", "five are usual")
     if tune is not None and tuned is not None:
@@ -66,8 +71,21 @@ def toy(
             out / "tune", densities, objectives, trials=tune, iterations=tune_iterations, precision=precision
         )
         app.train([trial.job for trial in trials], out / "tune", at_once=jobs)
-        settings = tuning.write(trials, out / "tune.json")
-        print(tuning.table(trials), end="\n\n")
+        best: list[tuning.Trial] = []
+        if finalists > 1:
+            best = tuning.finals(
+                out,
+                trials,
+                count=finalists,
+                seed=first_seed,
+                iterations=iterations,
+                stop_after=stop_after,
+                precision=precision,
+            )
+            app.train([trial.job for trial in best], out / "tune", at_once=jobs)
+        settings = tuning.write(trials, out / "tune.json", best)
+        print(tuning.table(trials, best), end="\n\n")
+        tuning.settle(out, best)
     chosen = app.plan(
         out,
         densities,

@@ -15,6 +15,7 @@ from sivae_dist.apps import toy, toy_report, toy_tune
 from sivae_dist.apps.toy_tune import KNOBS, Trial
 from sivae_dist.cli import main
 from sivae_dist.data.toy2d import Toy2dStream
+from sivae_dist.engine.config import to_yaml
 from sivae_dist.errors import UserError
 
 
@@ -73,12 +74,56 @@ def test_the_best_is_chosen_written_and_read(tmp_path: Path, monkeypatch: pytest
     assert chosen == expected == toy_tune.read(tmp_path / "tune.json", ("rings",), ("vae", "introvae"))
     rows = json.loads((tmp_path / "tune.json").read_text())["trials"]
     assert [row["hist_jsd"] for row in rows] == [0.5, None, 0.2, None, 0.2, 0.6]
-    assert "| rings | introvae | inf | 0.6000 |" in toy_tune.table(found)
+    assert "| rings | introvae | inf | inf | 0.6000 |" in toy_tune.table(found)
     (job,) = toy.plan(tmp_path / "main", ("rings",), ("introvae",), seeds=[0], tuned=chosen)
     recipe = toy.recipe("rings", "introvae").objective
     assert job.config.objective.margin == found[5].settings["margin"] != recipe.margin  # type: ignore[attr-defined]
     assert job.config.objective.vae_warmup_kimg == recipe.vae_warmup_kimg  # type: ignore[attr-defined]
     assert job.config.train.total_nimg == 30_000 * 512
+
+
+def whole(out: Path, found: list[Trial], count: int = 2) -> list[Trial]:
+    return toy_tune.finals(out, found, count=count, seed=5, stop_after=20_000)
+
+
+def test_the_best_of_each_are_trained_to_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many of every objective, best ones first; what wins in the end stands where compared models do."""
+    values = {("vae", 0): 0.3, ("vae", 1): 0.2, ("vae", 2): 0.1}
+    values |= {("introvae", 0): 0.5, ("introvae", 1): math.inf, ("introvae", 2): 0.6}
+    judge(monkeypatch, values)
+    found = trials(tmp_path / "tune")
+    best = whole(tmp_path, found)
+    assert [(t.job.objective, t.number) for t in best] == [("vae", 2), ("introvae", 0), ("vae", 1), ("introvae", 2)]
+    assert {(t.job.config.train.total_nimg, t.job.seed) for t in best} == {(20_000 * 512, 5)}
+    assert [t.job.name for t in best][::3] == ["rings-vae-seed5-trial2", "rings-introvae-seed5-trial2"]
+    for trial in best:
+        trial.job.run.root.mkdir(parents=True)
+        trial.job.run.config.write_text(to_yaml(trial.job.config))
+    judge(monkeypatch, {**values, ("vae", 1): 0.05, ("introvae", 0): 0.4})  # of the whole runs
+    chosen = toy_tune.write(found, tmp_path / "tune.json", best)
+    expected = {("rings", "vae"): best[2].settings, ("rings", "introvae"): best[1].settings}
+    assert chosen == expected == toy_tune.read(tmp_path / "tune.json", ("rings",), ("vae", "introvae"))
+    written = json.loads((tmp_path / "tune.json").read_text())
+    assert [row["trial"] for row in written["finals"]["trials"]] == [2, 0, 1, 2]
+    assert (written["points"], written["finals"]["points"], written["finals"]["seed"]) == (300 * 512, 20_000 * 512, 5)
+    assert "| 2: 0.1000, 1: 0.0500 | beta_rec" in toy_tune.table(found, best)
+    toy_tune.settle(tmp_path, best)
+    compared = toy.plan(
+        tmp_path, ("rings",), ("vae", "introvae"), seeds=[5], stop_after=20_000, tuned=chosen
+    )  # which refuses other settings
+    assert all(job.run.config.exists() for job in compared)
+
+    # Again: each is found where it now is, also when another one wins.
+    judge(monkeypatch, values)
+    again = whole(tmp_path, found)
+    assert all(trial.job.run.config.exists() for trial in again)
+    toy_tune.settle(tmp_path, again)
+    assert not toy.holds(compared[0].run, compared[0].config)
+    assert {p.name for p in (tmp_path / "tune").iterdir()} == {"rings-vae-seed5-trial1", "rings-introvae-seed5-trial2"}
+
+    judge(monkeypatch, {**values, ("vae", 1): 0.9, ("vae", 2): 0.8})  # what is in the way now is in no final of two
+    with pytest.raises(UserError, match="settings that are not in the final"):
+        whole(tmp_path, found, count=1)
 
 
 GOOD = {"beta_rec": 1.0, "beta_kl": 0.5}
@@ -113,6 +158,7 @@ def test_other_files_are_refused(tmp_path: Path, chosen: Any) -> None:
 def test_wrong_options_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for options, told in (
         (["--tune", "1"], "--tune is 1"),
+        (["--tune", "2", "--finalists", "0"], "--finalists is 0"),
         (["--tune", "2", "--tuned", "x.json"], "--tune and --tuned"),
         (["--tuned", str(tmp_path / "x.json")], "x.json holds no settings"),
     ):
@@ -152,8 +198,9 @@ def test_the_command_tunes_and_then_trains(tmp_path: Path, capsys: pytest.Captur
     options = ["--density", "rings", "--objective", "vae", "--seeds", "1", "--iterations", "20", "--jobs", "2"]
     main(["toy", *options, "--tune", "2", "--tune-iterations", "20", "--out", str(tmp_path)])
     said = capsys.readouterr().out
-    assert "best of 2 settings each" in said and "grid NLL" in said
-    assert len(json.loads((tmp_path / "tune.json").read_text())["trials"]) == 2
+    assert "2 settings each" in said and "grid NLL" in said
+    tried = json.loads((tmp_path / "tune.json").read_text())
+    assert len(tried["trials"]) == len(tried["finals"]["trials"]) == 2
     found = toy_tune.read(tmp_path / "tune.json", ("rings",), ("vae",))["rings", "vae"]
     stored = json.loads((tmp_path / "toy.json").read_text())["settings"]["rings-vae"]["objective"]
     assert {knob: stored[knob] for knob in found} == found
