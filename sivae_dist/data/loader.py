@@ -46,7 +46,7 @@ class ShardsConfig(DataConfig):
     url: str = ""
     """The folder that `sivae-dist data pack` made, a path or an address (http, https, s3, gs); its manifest; or a brace
     pattern of folders or shards. Of a folder with several resolutions the model's is taken. Secrets stand in it
-    as ${NAME}, the name of an environment variable."""
+    as ${SIVAE_DATA_NAME}, an environment variable whose name begins so."""
     split: str = "train"
     """What is trained on."""
     held_out_split: str = "val"

@@ -93,7 +93,7 @@ def _is_root(url: str, access: Access) -> bool:
 
 def _local_root(url: str) -> Path | None:
     """A folder of this machine without a manifest of its own."""
-    path = expanded(fill(url)[0].removeprefix("file://")) if _is_local(url) else None
+    path = expanded(fill(url, sent=False)[0].removeprefix("file://")) if _is_local(url) else None
     if not url or path is None or not path.is_dir() or (path / FILE_NAME).is_file():
         return None
     return path
@@ -130,7 +130,7 @@ def _checked(url: str, listed: PyramidFile, side: int, access: Access) -> str:
 
 def _fingerprint(level: str, access: Access) -> str | None:
     """That of the manifest at an address, None where there is none. Raises UserError."""
-    path = expanded(fill(level)[0].removeprefix("file://")) if _is_local(level) else None
+    path = expanded(fill(level, sent=False)[0].removeprefix("file://")) if _is_local(level) else None
     if path is not None and not (path / FILE_NAME).is_file():
         return None
     store = open_store(level, access)

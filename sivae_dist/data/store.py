@@ -41,7 +41,7 @@ def _is_folder(url: str) -> bool:
 def _open_one(url: str, access: Access) -> Store:
     scheme = scheme_of(url)
     if scheme in ("", "file"):
-        return open_folder(fill(url)[0].removeprefix("file://"))
+        return open_folder(fill(url, sent=False)[0].removeprefix("file://"), url)
     from sivae_dist.data.stores.remote import RemoteStore  # noqa: PLC0415 (local data need none of this)
 
     if scheme == "pipe":

@@ -16,6 +16,7 @@ from sivae_dist.data.loader import ShardsConfig
 from sivae_dist.data.shard_read import ShardReader, load_manifest
 from sivae_dist.data.store import Access, FolderStore, open_store
 from sivae_dist.data.stores import cache, remote
+from sivae_dist.data.stores.address import expand, parse
 from sivae_dist.data.stores.base import expected_files
 from sivae_dist.errors import UserError
 
@@ -225,18 +226,17 @@ def test_more_than_was_announced_does_not_fill_the_memory(web, packed, tmp_path,
 
 
 def test_secrets_are_used_and_never_shown(web, packed, monkeypatch, tmp_path):
-    monkeypatch.setenv("WEB_USER", "anna")
-    monkeypatch.setenv("WEB_PASS", "s3cr@t/%")
-    monkeypatch.setenv("SIGNATURE", "sig=abcdef")
-    monkeypatch.setenv("WEB_USER_QUOTED", "anna")
-    monkeypatch.setenv("WEB_PASS_QUOTED", "s3cr%40t%2F%25")
+    monkeypatch.setenv("SIVAE_URL_VARIABLES", "OTHER, WEB_SIGNATURE")
+    monkeypatch.setenv("WEB_SIGNATURE", "sig=abcdef")
+    monkeypatch.setenv("SIVAE_DATA_USER", "anna")
+    monkeypatch.setenv("SIVAE_DATA_PASS", "s3cr%40t%2F%25")
     host = web.url.removeprefix("http://")
-    url = f"http://${{WEB_USER_QUOTED}}:${{WEB_PASS_QUOTED}}@{host}?${{SIGNATURE}}"
+    url = f"http://${{SIVAE_DATA_USER}}:${{SIVAE_DATA_PASS}}@{host}?${{WEB_SIGNATURE}}"
     store = open_store(url, without_cache(retries=0))
     everything(store)
     assert {a.headers["authorization"] for a in web.asked} == {"Basic YW5uYTpzM2NyQHQvJQ=="}
     assert {a.target.partition("?")[2] for a in web.asked} == {"sig=abcdef"}
-    assert "${WEB_PASS_QUOTED}" in store.url
+    assert "${SIVAE_DATA_PASS}" in store.url
     web.how = lambda a: How(302, {"Location": f"http://127.0.0.1:9/{a.name}?token=abcdef"})
     for how in (web.how, lambda a: How(403), lambda a: How(500), lambda a: How(404), lambda a: How(302)):
         web.how = how
@@ -247,18 +247,58 @@ def test_secrets_are_used_and_never_shown(web, packed, monkeypatch, tmp_path):
 
 
 def test_written_secrets_are_refused(monkeypatch):
-    monkeypatch.delenv("NOT_SET", raising=False)
+    monkeypatch.delenv("SIVAE_DATA_NOT_SET", raising=False)
     for url, says in (
         ("https://anna:geheim@host/data", "holds a user name or password"),
         ("s3://KEY:geheim@bucket/data", "holds a user name or password"),
         ("https://host/data?sig=geheim", "has a query, which may hold a signature"),
         ("https://host/data?geheim", "has a query, which may hold a signature"),
-        ("https://host/${NOT_SET}", r"names \$\{NOT_SET\}, which is not set"),
+        ("https://host/${SIVAE_DATA_NOT_SET}", r"names \$\{SIVAE_DATA_NOT_SET\}, which is not set"),
     ):
         with pytest.raises(UserError, match=says) as error:
             open_store(url)
         assert "geheim" not in str(error.value)
         assert error.value.fix
+
+
+@pytest.mark.parametrize("scheme", ["https", "s3"])
+def test_a_configuration_sends_no_variable_that_was_not_released(monkeypatch, scheme):
+    """It may come from a stranger, as may the server that it names."""
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "geheim")
+    monkeypatch.setenv("MINE", "geheim")
+    monkeypatch.setenv("SIVAE_DATA_KEY", "geheim")
+    monkeypatch.setenv("SIVAE_DATA_WORD", "12/geheim")  # not percent-encoded, it would end the host before its @
+    unreleased = r"names \$\{(AWS_SECRET_ACCESS_KEY|MINE)\}, which would be sent to the server; expected .* SIVAE_DATA_"
+    host = r"has \$\{SIVAE_DATA_KEY\} where its host or bucket stands"
+    cases = [
+        ("evil/${AWS_SECRET_ACCESS_KEY}/d", unreleased),
+        ("evil/d?${MINE}", unreleased),
+        ("${MINE}@evil/d", unreleased),
+        ("evil/${{MINE,AWS_SECRET_ACCESS_KEY}}/d", unreleased),
+        ("${SIVAE_DATA_KEY}.evil/d", host),
+        ("evil:${SIVAE_DATA_KEY}/d", host),
+        ("me@${SIVAE_DATA_KEY}?x", "user name or password"),
+        ("${SIVAE_DATA_KEY}@${SIVAE_DATA_KEY}.evil/d", host),
+        ("${SIVAE_DATA_KEY}:${SIVAE_DATA_WORD}@evil/d", "names another host or bucket when its variables"),
+    ]
+    for place, says in cases:
+        with pytest.raises(UserError, match=says) as error:
+            parse(expand(f"{scheme}://{place}")[0])
+        assert "geheim" not in f"{error.value} {error.value.what} {error.value.fix}"
+        assert error.value.fix
+    with pytest.raises(UserError, match=unreleased):
+        open_store("https://evil/${AWS_SECRET_ACCESS_KEY}/{a,b}")
+    monkeypatch.setenv("SIVAE_URL_VARIABLES", "X,MINE")
+    assert parse(f"{scheme}://evil/${{MINE}}/${{SIVAE_DATA_KEY}}").base == f"{scheme}://evil/geheim/geheim"
+
+
+def test_paths_of_this_machine_are_filled_from_any_variable_and_shown_as_written(packed, monkeypatch):
+    monkeypatch.setenv("MINE", str(packed))
+    assert load_manifest(open_store("${MINE}")) == load_manifest(open_store("file://${MINE}"))
+    monkeypatch.setenv("MINE", "geheim")
+    with pytest.raises(UserError, match=r"'/\$\{MINE\}' is no folder") as error:
+        open_store("/${MINE}")
+    assert "geheim" not in str(error.value)
 
 
 def test_a_proxy_of_the_environment_is_used(packed, monkeypatch, web: Server):

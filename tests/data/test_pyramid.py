@@ -264,7 +264,7 @@ def test_a_run_takes_its_resolution(pyramid, tmp_path, monkeypatch):
 @pytest.mark.parametrize("told", [True, False])
 def test_a_run_takes_its_resolution_from_a_server(pyramid, monkeypatch, refusal, told):
     """Servers list nothing, and some say 403 of what is not there. told: by pyramid.json, which older data lack."""
-    monkeypatch.setenv("SIGNATURE", "sig=abc")
+    monkeypatch.setenv("SIVAE_DATA_SIGNATURE", "sig=abc")
     with serving(pyramid / "out") as web:
 
         def how(asked):
@@ -272,9 +272,9 @@ def test_a_run_takes_its_resolution_from_a_server(pyramid, monkeypatch, refusal,
             return How() if there else How(refusal)
 
         web.how = how
-        for url, expected in ((f"{web.url}/", f"{web.url}/16"), (f"{web.url}?${{SIGNATURE}}", None)):
+        for url, expected in ((f"{web.url}/", f"{web.url}/16"), (f"{web.url}?${{SIVAE_DATA_SIGNATURE}}", None)):
             data = ShardsConfig(url=url, workers=0, cache_gb=0).at((3, 16, 16))
-            assert data.url == (expected or f"{web.url}/16?${{SIGNATURE}}")
+            assert data.url == (expected or f"{web.url}/16?${{SIVAE_DATA_SIGNATURE}}")
             stream = data.build(seed=0, salt=0, rank=0, ranks=1)
             assert stream.sample_shape == (3, 16, 16)
             stream.close()

@@ -74,9 +74,9 @@ def test_levels_that_nobody_would_guess_are_found_on_a_server(original):
 
 
 def test_it_names_its_folder(original, monkeypatch):
-    monkeypatch.setenv("SIGNATURE", "sig=abc")
+    monkeypatch.setenv("SIVAE_DATA_SIGNATURE", "sig=abc")
     with serving(original / "out") as web:
-        for root, query in ((str(original / "out"), ""), (web.url, ""), (web.url, "?${SIGNATURE}")):
+        for root, query in ((str(original / "out"), ""), (web.url, ""), (web.url, "?${SIVAE_DATA_SIGNATURE}")):
             assert at(f"{root}/{FILE_NAME}{query}", 8) == f"{root}/8{query}"
             assert addresses_of(f"{root}/{FILE_NAME}{query}") == (f"{root}/8{query}", f"{root}/12{query}")
 

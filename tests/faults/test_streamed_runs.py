@@ -183,16 +183,16 @@ def test_a_pipe_in_a_config_file_runs_nothing(run: Runner, packed: Path, tmp_pat
 @pytest.mark.slow
 def test_secrets_stay_out_of_the_run_folder(run: Runner, packed: Path, tmp_path: Path) -> None:
     with serving(packed) as web:
-        address = web.url.replace("//", "//${WEB_NAME}:${WEB_WORD}@") + "?${WEB_SIGNATURE}"
+        address = web.url.replace("//", "//${SIVAE_DATA_NAME}:${SIVAE_DATA_WORD}@") + "?${SIVAE_DATA_SIGNATURE}"
         data = {"cache_dir": str(tmp_path / "cache"), "cache_gb": 0.01}
         config = write_config(tmp_path / "c.yaml", address, data=data)
-        secrets = {"WEB_NAME": "annabell", "WEB_WORD": "geheim99", "WEB_SIGNATURE": "sig=abcdef01"}
+        secrets = {"SIVAE_DATA_NAME": "annabell", "SIVAE_DATA_WORD": "geheim99", "SIVAE_DATA_SIGNATURE": "sig=abcdef01"}
         done = run("train", "--config", config, "--out", tmp_path / "run", env=secrets)
         assert done.status == 0, done
         assert web.asked[-1].target.endswith("?sig=abcdef01")
         web.how = lambda asked: How(403)
         done = run("train", "--config", config, "--out", tmp_path / "other", env=secrets)
-        refused(done, "is refused: the server answers 403", "${WEB_WORD}")
+        refused(done, "is refused: the server answers 403", "${SIVAE_DATA_WORD}")
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert len(files) > 10
     everything = b"".join(path.read_bytes() for path in files) + done.output.encode()

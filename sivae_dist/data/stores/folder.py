@@ -88,13 +88,13 @@ class FolderStore(NoMemory):
         )
 
 
-def open_folder(path: str) -> FolderStore:
-    """A shard folder, or the manifest in it. Raises UserError for anything else."""
+def open_folder(path: str, shown: str) -> FolderStore:
+    """A shard folder, or the manifest in it. shown: as the user wrote it. Raises UserError for anything else."""
     folder = expanded(path)
     if folder.suffix == ".json" and folder.is_file():
         return FolderStore(folder.parent, folder.name)
     if not folder.is_dir():
-        raise UserError(f"data.url {path!r:.200} is no folder", "check the path; it must exist on every machine")
+        raise UserError(f"data.url {shown!r:.200} is no folder", "check the path; it must exist on every machine")
     if not (folder / FILE_NAME).is_file():
         if packed := [p.parent.name for p in folder.glob(f"*/{FILE_NAME}")]:
             raise several(str(folder), packed)
