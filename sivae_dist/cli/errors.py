@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any, NoReturn
 
+from sivae_dist.distributed import launcher
 from sivae_dist.errors import UserError
 
 INTERRUPTED, TERMINATED = 130, 143
@@ -26,6 +27,7 @@ def guarded(command: Callable[[list[str]], None], arguments: list[str]) -> None:
     Under several processes a message names its rank, and one that all ranks share is printed once. Ctrl-C gives status
     130, SIGTERM 143. Anything else is a defect of this program and keeps its traceback.
     """
+    launcher.remember()
     for stream in (sys.stdout, sys.stderr):  # names read from files may hold what the terminal cannot show
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
