@@ -5,8 +5,8 @@ several none but SIGTERM, SIGINT, SIGHUP and SIGQUIT, so that SIGUSR1 kills it, 
 signal, would train on without anyone, and keep the devices and the run's lock from the command that resumes.
 
 So the parent is compared with that of the beginning, once an iteration: one system call, on every system. Linux could
-send a signal instead when the parent dies (PR_SET_PDEATHSIG), but it means the end of the thread that forked, which need
-not be that of the process, misses a parent that died before, and has to be asked for through a foreign function.
+send a signal instead when the parent dies (PR_SET_PDEATHSIG), but it means the end of the thread that forked, which is
+not always that of the process, misses a parent that died before, and has to be asked for through a foreign function.
 
 Only a parent that is a launcher counts: `nohup sivae-dist train &` outlives its shell.
 """
