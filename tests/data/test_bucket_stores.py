@@ -62,6 +62,24 @@ def test_damage_and_what_is_missing(bucket, tmp_path, packed):
         load_manifest(open_store(f"{scheme}://data/elsewhere", access(tmp_path)))
 
 
+def test_a_manifest_that_is_too_long_is_not_downloaded(bucket, packed, tmp_path, monkeypatch):
+    size = (packed / "manifest.json").stat().st_size
+    if bucket.url.startswith(
+        "gs:"
+    ):  # as DEFAULT_GCSFS_CONCURRENCY does: the second part begins behind the object's end
+        from gcsfs.core import GCSFileSystem
+
+        monkeypatch.setattr(GCSFileSystem._cat_file, "__defaults__", (None, None, 4))
+    for more, says in ((-1, f"has more than {size - 1} bytes"), (0, ""), (1, ""), (32 << 20, "")):
+        monkeypatch.setattr("sivae_dist.data.stores.base.MAX_MANIFEST_BYTES", size + more)
+        store = open_store(bucket.url, access(tmp_path))
+        if says:
+            with pytest.raises(DataError, match=says):
+                load_manifest(store)
+        else:
+            assert load_manifest(store).to_bytes() == (packed / "manifest.json").read_bytes()
+
+
 def test_a_server_that_is_not_there(bucket, tmp_path, monkeypatch):
     for name, value in bucket.env.items():
         if value.startswith("http://"):

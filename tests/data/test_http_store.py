@@ -9,13 +9,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from fsspec.asyn import get_loop
 from web import How, Server, serving
 
 from sivae_dist.data.faults import DataError, StorageError
 from sivae_dist.data.loader import ShardsConfig
 from sivae_dist.data.shard_read import ShardReader, load_manifest
 from sivae_dist.data.store import Access, FolderStore, open_store
-from sivae_dist.data.stores import cache, remote
+from sivae_dist.data.stores import cache, objects, remote
 from sivae_dist.data.stores.address import expand, parse
 from sivae_dist.data.stores.base import expected_files
 from sivae_dist.errors import UserError
@@ -223,6 +224,33 @@ def test_more_than_was_announced_does_not_fill_the_memory(web, packed, tmp_path,
     monkeypatch.setattr("sivae_dist.data.stores.base.MAX_MANIFEST_BYTES", 100)
     with pytest.raises(DataError, match="has more than 100 bytes"):
         load_manifest(open_store(web.url, without_cache()))
+
+
+@pytest.mark.parametrize("scheme", ["s3", "gs"])
+def test_of_an_object_no_more_is_asked_for_than_is_allowed(monkeypatch, scheme):
+    """The libraries hold the whole answer before anybody can count its bytes."""
+    monkeypatch.setattr(objects.google, "load", lambda: None)
+    monkeypatch.setattr(objects.importlib, "import_module", lambda _: None)
+    asked = []
+
+    class Files:
+        loop = get_loop()
+
+        async def _cat_file(self, path, start=None, end=None, **others):
+            asked.append((path, start, end, others))
+            return bytes(100 if end is None else min(end, 100) - start)
+
+    store = open_store(f"{scheme}://bucket/data", without_cache())
+    store.transport._files = Files()
+    others = {"concurrency": 1} if scheme == "gs" else {}
+    assert store.whole("manifest.json", 100) == bytes(100)
+    with pytest.raises(DataError, match=r"bucket/data/manifest\.json has more than 40 bytes"):
+        store.whole("manifest.json", 40)
+    path = "bucket/data/manifest.json"
+    assert [(p.removeprefix(f"{scheme}://"), *rest) for p, *rest in asked] == [
+        (path, 0, 101, others),
+        (path, 0, 41, others),
+    ]
 
 
 def test_secrets_are_used_and_never_shown(web, packed, monkeypatch, tmp_path):

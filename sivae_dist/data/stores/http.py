@@ -31,7 +31,7 @@ class HttpTransport:
         self._pool: urllib3.PoolManager | None = None
         self._lock = threading.Lock()
 
-    def open(self, name: str, offset: int, length: int | None, patience: Patience) -> _Body:
+    def open(self, name: str, offset: int, length: int | None, patience: Patience, *, most: int | None = None) -> _Body:
         """Asks for a range of a file. Raises TransientError, DataError or StorageError."""
         import urllib3  # noqa: PLC0415 (40 ms that local data do not need)
 

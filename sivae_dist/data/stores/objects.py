@@ -24,6 +24,8 @@ class ObjectTransport:
         self.address, self.url, self.manifest_name = address, address.shown, address.manifest_name
         self._files: Any = None
         self._lock = threading.Lock()
+        # gcsfs may be told by the environment to ask for parts at once: those behind the object's end would be errors.
+        self._once = {"concurrency": 1} if address.scheme == "gs" else {}
         library, install = LIBRARIES[address.scheme]
         try:
             if address.scheme == "gs":
@@ -34,14 +36,19 @@ class ObjectTransport:
             what = f"data.url {self.url!r:.120} needs {library}, which is not installed"
             raise UserError(what, install) from None
 
-    def open(self, name: str, offset: int, length: int | None, patience: Patience) -> _Body:
-        """Asks for a range of an object. Raises TransientError, DataError or StorageError."""
+    def open(self, name: str, offset: int, length: int | None, patience: Patience, *, most: int | None = None) -> _Body:
+        """Asks for a range of an object. Raises TransientError, DataError or StorageError.
+
+        The libraries hold the whole answer, so that nobody can stop reading when it becomes too long: no more than
+        `most` bytes are asked for.
+        """
         from fsspec.asyn import sync  # noqa: PLC0415
 
         files, path = self._client(patience), f"{self.address.base}/{name}"
+        length = most if length is None else length
         end = None if length is None else offset + length
         try:
-            data = sync(files.loop, files._cat_file, path, start=offset, end=end, timeout=patience.left())
+            data = sync(files.loop, files._cat_file, path, start=offset, end=end, timeout=patience.left(), **self._once)
         except Exception as error:
             raise self._meaning(error, name, offset) from None
         return _Body(data)

@@ -38,7 +38,9 @@ class PipeTransport:
         if "{name}" not in self.command:
             raise UserError(f"data.url {self.url!r:.120} has no {{name}}", "write {name} where the file's name belongs")
 
-    def open(self, name: str, offset: int, length: int | None, patience: Patience) -> _Output:
+    def open(
+        self, name: str, offset: int, length: int | None, patience: Patience, *, most: int | None = None
+    ) -> _Output:
         """Starts the command."""
         return _Output(self.command.replace("{name}", shlex.quote(name)), name, self.url, patience)
 

@@ -206,7 +206,7 @@ class RemoteStore:
 
     def _all(self, name: str, limit: int) -> bytes:
         def attempt(patience: Patience) -> bytes:
-            body = self.transport.open(name, 0, None, patience)
+            body = self.transport.open(name, 0, None, patience, most=limit + 1)
             got = bytearray()
             try:
                 for chunk in body.chunks():

@@ -60,8 +60,11 @@ class Transport(Protocol):
     url: str
     manifest_name: str
 
-    def open(self, name: str, offset: int, length: int | None, patience: Patience) -> Body:
+    def open(self, name: str, offset: int, length: int | None, patience: Patience, *, most: int | None = None) -> Body:
         """Asks for a range of a file (length None: all of it).
+
+        most: more bytes than these are of no use. Who gives them as they come need not heed it, since the reader stops
+        then; who must hold the whole answer asks for no more.
 
         Raises TransientError, DataError (there is no such file, or it is shorter) or StorageError (refused).
         """
