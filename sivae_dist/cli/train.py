@@ -33,7 +33,7 @@ class TrainCommand:
     """Run folder; runs/NAME after the config file's name when not given."""
     resume: str = "auto"
     """auto: go on from the run's latest checkpoint if there is one. never: refuse a folder that holds a run.
-    PATH: go on from that checkpoint."""
+    PATH: go on from that checkpoint; the same command again goes on from what it has trained since."""
     print_config: bool = False
     """Print the resolved configuration as YAML and stop."""
     dry_run: bool = False
@@ -57,7 +57,7 @@ def parse(arguments: list[str]) -> TrainCommand:
         command: TrainCommand = tyro.cli(
             TrainCommand,
             prog=PROG,
-            args=arguments,
+            args=_capitalised(arguments, run),
             default=default,
             config=(tyro.conf.FlagCreatePairsOff, tyro.conf.AvoidSubcommands),
             use_underscores=True,
@@ -79,6 +79,29 @@ def _option(arguments: list[str], name: str) -> str | None:
             value = arguments[index + 1]
         elif argument.startswith(f"{name}="):
             value = argument.removeprefix(f"{name}=")
+    return value
+
+
+def _capitalised(arguments: list[str], run: RunConfig) -> list[str]:
+    """true and false, as YAML writes them, in Python's spelling wherever a switch of `run` is set."""
+    words = {"true": "True", "false": "False"}
+    result = list(arguments)
+    for index, argument in enumerate(arguments):
+        name, joined, value = argument.partition("=")
+        if not name.startswith("--") or not isinstance(_setting(run, name[2:]), bool):
+            continue
+        if joined:
+            result[index] = f"{name}={words.get(value, value)}"
+        elif index + 1 < len(arguments):
+            result[index + 1] = words.get(arguments[index + 1], arguments[index + 1])
+    return result
+
+
+def _setting(run: RunConfig, name: str) -> object:
+    """The value of `section.key`, None where there is no such setting."""
+    value: object = run
+    for part in name.replace("-", "_").split("."):
+        value = getattr(value, part, None)
     return value
 
 

@@ -145,15 +145,20 @@ def _with_base(path: Path) -> dict[str, Any]:
 
 
 def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """`above` laid over `below`, section by section. A section that changes its `name` forgets what lay below."""
+    """`above` laid over `below`, section by section. A section of another class forgets what lay below."""
     result = dict(below)
     for key, value in above.items():
         old = result.get(key)
-        renamed = (
-            isinstance(value, dict) and isinstance(old, dict) and value.get("name", old.get("name")) != old.get("name")
-        )
-        result[key] = merge(old, value) if isinstance(old, dict) and isinstance(value, dict) and not renamed else value
+        over = isinstance(old, dict) and isinstance(value, dict) and not _renamed(key, old, value)
+        result[key] = merge(old, value) if over else value  # type: ignore[arg-type]
     return result
+
+
+def _renamed(section: str, old: dict[str, Any], value: dict[str, Any]) -> bool:
+    """Whether `value` chooses another class for the section than `old`, which has the default one if it names none."""
+    if section not in NAMED or "name" not in value:
+        return False
+    return bool(value["name"] != old.get("name", NAMED[section][2]))
 
 
 def _load(path: Path) -> dict[str, Any]:
@@ -198,6 +203,8 @@ def _convert(value: Any, wanted: Any, where: str, source: str) -> Any:
             (inner,) = [a for a in arguments if a is not type(None)]
             return _convert(value, inner, where, source)
     elif origin is Literal:
+        if isinstance(value, bool) and ("off", "on")[value] in arguments:
+            return ("off", "on")[value]  # YAML reads these words, written bare, as no and yes
         if value in arguments:
             return value
         raise _wrong(

@@ -51,6 +51,17 @@ class OptimConfig:
     """Upper bound of each player's gradient norm per step; None leaves gradients as they are (as published)."""
 
     def __post_init__(self) -> None:
+        if self.clip_norm is not None and self.clip_norm <= 0:
+            raise UserError(
+                f"optim.clip_norm is {self.clip_norm}, expected a number > 0",
+                "leave it out (None) to leave gradients as they are",
+            )
+        if self.decay <= 0 or self.warmup_kimg < 0 or any(milestone < 0 for milestone in self.milestones_kimg):
+            raise UserError(
+                f"optim: decay {self.decay}, warmup_kimg {self.warmup_kimg}, milestones_kimg {self.milestones_kimg} "
+                "are not all in range",
+                "decay must be positive, warmup_kimg and the milestones 0 or more",
+            )
         for player, settings in (("encoder", self.encoder), ("decoder", self.decoder)):
             if self.name == "lreq_adam" and settings.beta1 != 0:
                 raise UserError(

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from sivae_dist.cli.train import parse
-from sivae_dist.engine.config import RunConfig, from_dict, read_yaml, to_dict, to_yaml
+from sivae_dist.engine.config import RunConfig, from_dict, merge, read_yaml, to_dict, to_yaml
 from sivae_dist.errors import UserError
 from sivae_dist.objectives.introvae import IntroVaeConfig
 
@@ -36,6 +36,12 @@ def test_round_trip_through_yaml() -> None:
         ({"precision": {"dtype": "fp61"}}, "precision.dtype is 'fp61', expected one of auto, fp32, bf16"),
         ({"train": {"batch": 0}}, "batch 0"),
         ({"optim": {"clip_norm": "big"}}, "optim.clip_norm is 'big', expected a number"),
+        ({"optim": {"clip_norm": 0}}, r"optim.clip_norm is 0.0, expected a number > 0.*leave it out"),
+        ({"optim": {"clip_norm": -1}}, r"optim.clip_norm is -1.0, expected a number > 0"),
+        ({"optim": {"decay": 0}}, "decay must be positive"),
+        ({"optim": {"warmup_kimg": -5}}, "warmup_kimg and the milestones 0 or more"),
+        ({"optim": {"milestones_kimg": [5, -5]}}, "warmup_kimg and the milestones 0 or more"),
+        ({"distributed": {"check": True}}, "distributed.check is True, expected one of off, start, checkpoints"),
     ],
 )
 def test_wrong_input_is_named(values: dict, says: str) -> None:
@@ -52,6 +58,29 @@ def test_base_file_lies_below(tmp_path: Path) -> None:
     (tmp_path / "third.yaml").write_text("base: top.yaml\n")
     with pytest.raises(UserError, match="one level"):
         read_yaml(tmp_path / "third.yaml")
+
+
+def test_the_default_class_by_its_name_is_the_same_class(tmp_path: Path) -> None:
+    """A file that names no class has the default one: to name that above it is no change, and loses nothing."""
+    (tmp_path / "base.yaml").write_text("model: {zdim: 9}\nobjective: {beta_rec: 10}\ndata: {url: here}\n")
+    names = "model: {name: residual}\nobjective: {name: soft_introvae, gamma: 0.5}\ndata: {name: shards}\n"
+    (tmp_path / "top.yaml").write_text(f"base: base.yaml\n{names}")
+    values = read_yaml(tmp_path / "top.yaml")
+    assert (values["model"]["zdim"], values["objective"]["beta_rec"], values["data"]["url"]) == (9, 10, "here")
+    arguments = ["--model.name", "residual", "--objective.name", "soft_introvae", "--data.name=shards"]
+    config = ["--config", str(tmp_path / "base.yaml")]
+    assert parse([*config, *arguments]).run == parse(config).run
+    # Of another class nothing is taken over; a name within another section is a setting like any other.
+    assert parse([*config, "--objective.name", "vae"]).run.objective.beta_rec == 1
+    assert merge({"optim": {"decay": 0.5}}, {"optim": {"name": "lreq_adam"}})["optim"]["decay"] == 0.5
+
+
+def test_words_that_yaml_takes_for_switches() -> None:
+    config = from_dict(yaml.safe_load("distributed: {check: off}\nmodel: {name: style, noise: off}"), "test")
+    assert (config.distributed.check, config.model.noise) == ("off", "off")
+    run = parse(["--controller.enabled", "true", "--distributed.overlap=true", "--data.url", "true"]).run
+    assert (run.controller.enabled, run.distributed.overlap, run.data.url) == (True, True, "true")
+    assert not parse(["--controller.enabled=false"]).run.controller.enabled
 
 
 @pytest.mark.parametrize(
