@@ -96,25 +96,30 @@ class _Tap(torch.autograd.Function):
 class _Movement:
     """How the running averages of a decoder moved between creation and `end`, to be done once more.
 
-    Each became keep * old + step, for a constant `keep`.
+    Each became keep * old + step, for a constant `keep`; or it stayed, where a part of the batch without any images
+    left it alone, which is so the second time, too.
     """
 
     def __init__(self, decoder: nn.Module) -> None:
         self.decoder = decoder
         # Neither read nor written through their version counters, by which autograd sees changes: as batch norm does.
-        self._before = [(average, average.data * keep, keep) for average, keep in running_averages(decoder)]
-        self._step: dict[int, Tensor] = {}
+        self._before = [(average, average.data.clone(), keep) for average, keep in running_averages(decoder)]
+        self._step: dict[int, tuple[Tensor, Tensor]] = {}
 
     @torch.no_grad()
     def end(self) -> None:
         """To be called once the decoder has run."""
-        self._step = {id(average): average.data - kept for average, kept, _ in self._before}
+        self._step = {
+            id(average): (average.data - keep * before, (average.data != before).any())
+            for average, before, keep in self._before
+        }
 
     @torch.no_grad()
     def repeat(self) -> None:
         """Moves those that a forward pass would move now by the same step once more."""
         for average, keep in running_averages(self.decoder):
-            average.data.mul_(keep).add_(self._step[id(average)])
+            step, moved = self._step[id(average)]
+            average.data.copy_(torch.where(moved, average.data * keep + step, average.data))
 
 
 @contextmanager

@@ -6,7 +6,8 @@ gradient is due. Results are the same bit for bit, since the second run computes
 
 - what draws random numbers in a block draws them by name and position (`DecoderDraws`), so they repeat;
 - buffers (running statistics, averages) move in the first run only: the second works on copies. A block may therefore
-  not read a buffer that it moves itself;
+  not read a buffer that it moves itself. Batch norms keep statistics in the second run where they did in the first:
+  what they save for their backward pass depends on it;
 - autocast is in the second run what it was in the first;
 - collectives (batch norm over ranks) take place again, on all ranks in the same order, since all have the same graph.
 
@@ -20,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 
@@ -51,23 +53,31 @@ class Block(nn.Module):
 class _OnCopies(AbstractContextManager[None]):
     """Within, the buffers of a block are copies, which are then forgotten. As often as the block is recomputed.
 
-    Putting old values back instead would tell autograd of a change to what it has saved elsewhere.
+    Putting old values back instead would tell autograd of a change to what it has saved elsewhere. Made at the first
+    run, whose batch norms it remembers: by the second, another phase may have told them to keep statistics, or not to.
     """
 
     def __init__(self, block: nn.Module) -> None:
         self.block = block
         self._own: list[tuple[nn.Module, str, Tensor]] = []
+        self._tracked = [(m, m.track_running_stats) for m in block.modules() if isinstance(m, _BatchNorm)]
+        self._now: list[tuple[_BatchNorm, bool]] = []
 
     def __enter__(self) -> None:
         modules = self.block.modules()
         self._own = [(m, name, buffer) for m in modules for name, buffer in m.named_buffers(recurse=False)]
         for module, name, buffer in self._own:
             setattr(module, name, buffer.clone())
+        self._now = [(norm, norm.track_running_stats) for norm, _ in self._tracked]
+        for norm, tracked in self._tracked:
+            norm.track_running_stats = tracked
 
     def __exit__(self, *_: object) -> None:
         for module, name, buffer in self._own:
             setattr(module, name, buffer)
-        self._own = []
+        for norm, tracked in self._now:
+            norm.track_running_stats = tracked
+        self._own, self._now = [], []
 
 
 def recompute_blocks(model: nn.Module, from_pixels: int | None) -> int:

@@ -119,15 +119,19 @@ def test_equal_bit_for_bit(name: str, objective: str) -> None:
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("settings", [{"dtype": "bf16"}, {"accumulation": 3}, {"recomputed": True}], ids=str)
-def test_equal_in_other_settings(name: str, settings: dict[str, Any]) -> None:
-    """Autocast, micro-batches (each keeps its own), and blocks that are recomputed in both backward passes."""
+@pytest.mark.parametrize("objective", [SOFT, IntroVaeConfig()], ids=lambda config: config.name)
+@pytest.mark.parametrize(
+    "settings", [{"dtype": "bf16"}, {"accumulation": 3}, {"accumulation": 7}, {"recomputed": True}], ids=str
+)
+def test_equal_in_other_settings(name: str, settings: dict[str, Any], objective: Any) -> None:
+    """Autocast, micro-batches (each keeps its own; some are empty), and blocks recomputed in both backward passes."""
     settings = dict(settings)
     models = built(name), built(name)
     if settings.pop("recomputed", False):
         for model in models:
             recompute_blocks(model, 0)
-    plain, once = (Training(model, SOFT, once=on, **settings) for model, on in zip(models, (False, True), strict=True))
+    pairs = zip(models, (False, True), strict=True)
+    plain, once = (Training(model, objective, once=on, **settings) for model, on in pairs)
     for first in (0, 4):
         plain(first)
         once(first)
