@@ -86,6 +86,13 @@ def default_model(url: str, width: float) -> dict[str, Any]:
 def warm_up_config(values: dict[str, Any], source: str, *, images: int, minutes: float) -> RunConfig:
     """The configuration of the warm-up: that of the run to be, with a plain VAE of the same weights."""
     wanted = from_dict(values, source)
+    if wanted.progressive.enabled:
+        raise UserError(
+            f"{source}: progressive.enabled is True, and a growing model has a KL at each resolution, with a beta_neg "
+            "for each in progressive.beta_neg",
+            "measure with progressive.enabled False (the model at its full resolution), and give the beta_neg that is "
+            "proposed as the last of progressive.beta_neg",
+        )
     weights = {key: getattr(wanted.objective, key, 1.0) for key in ("beta_rec", "beta_kl")}
     rec_loss = getattr(wanted.objective, "rec_loss", "mse")
     vae = from_dict({"objective": {"name": "vae", "rec_loss": rec_loss, **weights}}, source).objective
@@ -110,8 +117,7 @@ def measure(config: RunConfig, folder: Path | None = None) -> Measured:
         trainer.run()
         return _measure(trainer)
     finally:
-        if trainer.lock is not None:
-            trainer.lock.release()
+        trainer.release()
 
 
 @torch.no_grad()
@@ -119,7 +125,7 @@ def _measure(trainer: Trainer) -> Measured:
     """The terms of the introspective encoder phase, with batch statistics as in training; nothing is moved."""
     config, model = trainer.config, trainer.model
     objective = SoftIntroVaeConfig(rec_loss=getattr(config.objective, "rec_loss", "mse")).build(model.sample_shape)
-    stream = config.data.at(trainer.sample_shape).build(seed=config.train.seed, salt=trainer.salt, rank=0, ranks=1)
+    stream = config.data.at(model.finest_shape).build(seed=config.train.seed, salt=trainer.salt, rank=0, ranks=1)
     parts: dict[str, list[torch.Tensor]] = {}
     model.train()
     try:
@@ -155,13 +161,21 @@ def _measure(trainer: Trainer) -> Measured:
     )
 
 
-def propose_soft(m: Measured, *, beta_rec: float, beta_kl: float) -> Proposal:
-    """Soft-IntroVAE: the beta_neg with which fakes settle at LEAD times the KL of real data (settling_beta_neg)."""
-    alpha, target = SoftIntroVaeConfig().alpha, LEAD * max(m.kl_real, 1.0)
-    objective = SoftIntroVaeConfig(beta_rec=beta_rec, beta_kl=beta_kl).build((m.dimensions,))
+def propose_soft(m: Measured, *, beta_rec: float, beta_kl: float, given: SoftIntroVaeConfig | None = None) -> Proposal:
+    """Soft-IntroVAE: the beta_neg with which fakes settle at LEAD times the KL of real data (settling_beta_neg).
+
+    given: alpha, gamma and scale of the run to be, on which that depends; the defaults without it.
+    """
+    given = given or SoftIntroVaeConfig()
+    alpha, target = given.alpha, LEAD * max(m.kl_real, 1.0)
+    weighed = replace(given, beta_rec=beta_rec, beta_kl=beta_kl)
+    try:
+        objective = weighed.build((m.dimensions,))
+    except ValueError as error:  # objectives know no UserError
+        raise UserError(str(error), "correct the value in the --config file") from error
     wanted = objective.settling_beta_neg(target, m.rec_fake)
     warnings = []
-    if math.isclose(wanted, m.dimensions / (alpha * target)):  # the strongest, which is not enough
+    if math.isclose(wanted, 1 / (alpha * objective.scale * target)):  # the strongest, which is not enough
         warnings.append(
             f"no beta_neg makes fakes settle as high as {target:.3g} nats: the strongest one is proposed; consider a "
             "smaller beta_kl, or fewer latent dimensions"
@@ -173,7 +187,7 @@ def propose_soft(m: Measured, *, beta_rec: float, beta_kl: float) -> Proposal:
         f"{target:.3g} nats, {LEAD:g} times that of real images ({m.kl_real:.3g}). More of it lowers that point: fakes "
         "then count as hopeless and are left alone, and kl_real overtakes kl_fake; much less never pushes at all.",
         f"An image like the real ones would get exp(alpha ELBO) = "
-        f"{math.exp(-alpha * (beta_rec * m.rec + beta_neg * m.kl_real) / m.dimensions):.2g}.",
+        f"{math.exp(-alpha * objective.scale * (beta_rec * m.rec + beta_neg * m.kl_real)):.2g}.",
     ]
     section = {"name": "soft_introvae", "beta_rec": beta_rec, "beta_kl": beta_kl, "beta_neg": beta_neg}
     return Proposal(section, reasons, warnings)
@@ -230,11 +244,13 @@ def suggest(
     """Warm-up, measurement, proposals: the text to show, and the config to write (with `objective` chosen)."""
     config = warm_up_config(values, source, images=images, minutes=minutes)
     weights = {key: getattr(config.objective, key) for key in ("beta_rec", "beta_kl")}
+    wanted = from_dict(values, source).objective
+    given = wanted if isinstance(wanted, SoftIntroVaeConfig) else None
     measured = measure(config, folder)
     lines = describe(measured)
     chosen: dict[str, Any] = {}
     for title, proposal in (
-        ("Soft-IntroVAE", propose_soft(measured, **weights)),
+        ("Soft-IntroVAE", propose_soft(measured, **weights, given=given)),
         ("IntroVAE", propose_hinge(measured, **weights)),
     ):
         settings = ", ".join(f"{key}: {value}" for key, value in proposal.objective.items())

@@ -225,6 +225,14 @@ def read(path: Path, *, parts: bool = True) -> Snapshot:
         raise UserError(f"cannot read the checkpoint {path}: {error}"[:500], _RESTORE_ADVICE) from error
 
 
+def read_state(path: Path) -> dict[str, Any]:
+    """state.json of a checkpoint alone. Raises UserError when it cannot be read."""
+    try:
+        return _read_json(path / "state.json")
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise UserError(f"cannot read {path / 'state.json'}: {error}"[:500], _RESTORE_ADVICE) from error
+
+
 def listed(path: Path) -> dict[str, dict[str, Any]]:
     """What files.json of a checkpoint says of each file: bytes and sha256. Raises UserError when it is no such list."""
     listing = _read_json(path / "files.json")

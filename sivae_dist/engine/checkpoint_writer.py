@@ -27,7 +27,8 @@ class CheckpointConfig:
     every_kimg: float = 50.0
     """A checkpoint every this many thousand images, and always at the end and when the run is asked to stop."""
     keep_last: int = 2
-    """The newest ones are kept, at least one."""
+    """The newest ones are kept, at least one. (Those newer than where a run was resumed by --resume PATH are not: they
+    belong to a course that was given up.)"""
     keep_every_kimg: float = 0.0
     """Besides those, one every this many thousand images stays for ever. 0 keeps none for that reason."""
     best: str | None = "eval/psnr"
@@ -124,7 +125,10 @@ class CheckpointWriter:
 
 
 def kept(config: CheckpointConfig, found: list[Path], latest: Path | None) -> dict[Path, str]:
-    """Those of the checkpoints (oldest first) that stay, and why. latest: the one to resume from."""
+    """Those of the checkpoints (oldest first) that stay, and why. latest: the one to resume from.
+
+    Newer ones than that are left from a course that was given up: only the best one of them may stay.
+    """
     keep: dict[Path, list[str]] = {}
 
     def stays(path: Path, why: str) -> None:
@@ -135,6 +139,8 @@ def kept(config: CheckpointConfig, found: list[Path], latest: Path | None) -> di
     best = best_checkpoint(config, found)
     if best is not None:
         stays(best, f"best {config.best}")
+    if latest is not None:
+        found = [path for path in found if checkpoint.nimg_of(path) <= checkpoint.nimg_of(latest)]
     for path in found[-config.keep_last :]:
         stays(path, f"last {config.keep_last}" if config.keep_last > 1 else "last")
     if config.keep_every_kimg > 0:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from sivae_dist.data import Stream
 from sivae_dist.distributed.sharding import local
+from sivae_dist.engine import notes
 from sivae_dist.engine.clock import memory
 from sivae_dist.engine.dry_run_measure import Stage, Stretch, measured, stretches_of
 from sivae_dist.engine.schedule import due
@@ -46,6 +47,7 @@ def report(trainer: Trainer, stages: list[Stage]) -> str:
     """The text of a dry run."""
     parts = [
         [f"dry run: nothing is written to {trainer.folder.root}", _launch(trainer)],
+        [f"note: {note}" for note in notes.before(trainer.config, trainer.model.levels, trainer.folder, trainer.nimg)],
         _networks(trainer),
         *(_stage(stage) for stage in stages),
         _memory(trainer, stages),
@@ -143,6 +145,8 @@ def _schedule(trainer: Trainer, stages: list[Stage]) -> list[str]:
         "picture grids": config.tracking.images_every_kimg,
         "checkpoints": config.checkpoint.every_kimg,
     }
+    if counts["picture grids"] == 0:
+        del counts["picture grids"]
     told = ", ".join(f"{times_due(stretches, every):,} {name}" for name, every in counts.items())
     seconds = sum(stage.stretch.iterations * stage.seconds for stage in stages)
     parts = sizes(trainer, stages)

@@ -15,7 +15,8 @@ from sivae_dist.engine.logs import log
 from sivae_dist.errors import UserError
 
 ADVICE = (
-    "lower the learning rate, set optim.clip_norm, raise objective.beta_kl, or use precision.dtype fp32; if the "
+    "lower the learning rate (optim.encoder.lr and optim.decoder.lr, of a growing model progressive.lr), set "
+    "optim.clip_norm, raise objective.beta_kl, or use precision.dtype fp32; if the "
     "message names the data, run `sivae-dist data verify` on them. Checkpoints are whole: the same command with such a "
     "change goes on from the last one, --resume PATH from an earlier one"
 )

@@ -23,7 +23,8 @@ def judge(run: Path, *, images: int, checkpoint_name: str = "latest") -> tuple[d
     trained = load(run if checkpoint_name == "latest" else run / "checkpoints" / checkpoint_name)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, config = trained.model.to(device), trained.config
-    stream = config.data.at(model.sample_shape).build(seed=config.train.seed, salt=0, rank=0, ranks=1)
+    # The data are those of training, averaged down to the level that a growing model has reached.
+    stream = config.data.at(model.finest_shape).build(seed=config.train.seed, salt=0, rank=0, ranks=1)
     try:
         settings = replace(config.eval, images=images)
         precision, seed = Precision("fp32", device.type), config.train.seed

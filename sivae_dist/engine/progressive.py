@@ -40,6 +40,9 @@ class Stage:
 class GrowthConfig:
     """How a model grows. Lists go from level 0 up; where they are shorter than the model, their last entry holds on.
 
+    While it is enabled, its batch, lr and beta_neg take the place of train.batch, optim.encoder.lr, optim.decoder.lr
+    and objective.beta_neg, which then change nothing.
+
     Defaults: the public FFHQ recipe on four GPUs, 16 epochs of 60,000 images a level.
     """
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +12,7 @@ from sivae_dist.data import Stream
 from sivae_dist.engine import checkpoint
 from sivae_dist.engine.checkpoint import Snapshot
 from sivae_dist.engine.config import RunConfig, from_dict, to_dict
-from sivae_dist.engine.run_folder import RunFolder
+from sivae_dist.engine.run_folder import RunFolder, write_atomic
 from sivae_dist.errors import UserError
 from sivae_dist.models import Autoencoder
 
@@ -21,11 +22,17 @@ _PICTURES = tuple(
     f"data.{name}"
     for name in ("split", "lanes", "window", "reduce", "decode", "mirror", "shift_px", "shift_fill", "hue")
 )
-FIXED = ("model", "progressive", "train.seed", *_PICTURES)
+_GROWTH = tuple(f"progressive.{name}" for name in ("enabled", "level_kimg", "fade_kimg", "batch"))
+FIXED = ("model", *_GROWTH, "train.seed", *_PICTURES)
+ORIGIN = "resumed_from"  # in state.json: the checkpoint that --resume PATH named, and what tells it from others
 
 
 def find(run: RunFolder, resume_from: str, config: RunConfig) -> Snapshot | None:
-    """The snapshot to start from, None for a fresh start. Raises UserError when it does not belong to this config."""
+    """The snapshot to start from, None for a fresh start. Raises UserError when it does not belong to this config.
+
+    resume_from: as for `train`. A PATH is gone on from once: what this configuration has trained since then in this
+    folder is gone on from instead, so that the same command loses nothing.
+    """
     if resume_from == "never":
         if checkpoint.complete(run.checkpoints):
             raise UserError(
@@ -33,10 +40,14 @@ def find(run: RunFolder, resume_from: str, config: RunConfig) -> Snapshot | None
                 "choose another --out, or remove that folder",
             )
         return None
-    path = checkpoint.latest(run.checkpoints) if resume_from == "auto" else Path(resume_from)
+    newest = checkpoint.latest(run.checkpoints)
+    asked = None if resume_from == "auto" else Path(resume_from)
+    path = newest if asked is None or _goes_on(newest, asked, config) else asked
     if path is None:
         return None
     saved = checkpoint.read(path, parts=False)
+    if path == asked:
+        saved.state[ORIGIN] = _identity(asked)
     if missing := [name for name in NEEDED if name not in saved.state]:
         raise UserError(f"the checkpoint {path} has no {' and no '.join(missing)} to go on from", "resume from another")
     stored, wanted = _complete(saved.state["config"], str(path)), to_dict(config)
@@ -49,6 +60,42 @@ def find(run: RunFolder, resume_from: str, config: RunConfig) -> Snapshot | None
                 "use the run's own config.yaml, or another --out for a new run",
             )
     return saved
+
+
+def _goes_on(newest: Path | None, asked: Path, config: RunConfig) -> bool:
+    """Whether the newest checkpoint of a folder was trained from `asked` by this very configuration."""
+    if newest is None:
+        return False
+    try:
+        state = checkpoint.read_state(newest)
+    except UserError:  # damaged: then what was asked for
+        return False
+    origin, now = state.get(ORIGIN), _identity(asked)
+    if (
+        not isinstance(origin, dict)
+        or origin.get("path") != now["path"]
+        or now["sha256"] not in ("", origin.get("sha256"))
+    ):
+        return False
+    return _complete(state.get("config", {}), str(newest)) == to_dict(config)
+
+
+def _identity(path: Path) -> dict[str, str]:
+    """What tells a checkpoint from others: where it is, and the hash of its list of files ("" where it is gone)."""
+    listing = path / "files.json"
+    sha256 = hashlib.sha256(listing.read_bytes()).hexdigest() if listing.is_file() else ""
+    return {"path": str(path.resolve()), "sha256": sha256}
+
+
+def settle(run: RunFolder, start: Path | None) -> None:
+    """From now on the folder's run goes on from `start`, if that is one of its checkpoints, even if killed now."""
+    if start is not None and start.resolve().parent == run.checkpoints.resolve():
+        write_atomic(run.checkpoints / "latest", start.name + "\n")
+
+
+def left_behind(run: RunFolder, nimg: int) -> list[Path]:
+    """Checkpoints of the folder that are newer than where it goes on from: of a course that is given up."""
+    return [path for path in checkpoint.complete(run.checkpoints) if checkpoint.nimg_of(path) > nimg]
 
 
 @contextmanager

@@ -28,6 +28,5 @@ def train(config: RunConfig, out: str | Path, resume_from: str = "auto", *, dry_
             if trainer.group.is_main and not finished:
                 print(f"stopped at {trainer.nimg / 1000:.3f} kimg; the same command goes on from here")
     finally:
-        if trainer.lock is not None:
-            trainer.lock.release()
+        trainer.release()
     return trainer.folder.root

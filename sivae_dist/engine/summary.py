@@ -21,6 +21,7 @@ def summarise(run: RunFolder, nimg: int, *, finished: bool) -> dict[str, object]
         newest |= row
     untrained = next((row for row in rows if "eval/swd" in row and row["nimg"] == 0), {})
     grids = sorted(run.samples.glob("nimg-*.png"))
+    grids = [path for path in grids if path.stem[5:].isdecimal() and int(path.stem[5:]) <= nimg]  # none of a later past
     summary: dict[str, object] = {
         "finished": finished,
         "nimg": nimg,

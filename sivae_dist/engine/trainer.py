@@ -20,7 +20,7 @@ from sivae_dist.distributed import strategies
 from sivae_dist.distributed.failure import announced
 from sivae_dist.distributed.sharding import whole_model
 from sivae_dist.distributed.sync_batch_norm import synchronise_batch_norm
-from sivae_dist.engine import agreement, checkpoint, checkpoint_sharded, host_memory, resume
+from sivae_dist.engine import agreement, checkpoint, checkpoint_sharded, host_memory, notes, resume
 from sivae_dist.engine.checkpoint import Snapshot
 from sivae_dist.engine.clock import Clock, memory
 from sivae_dist.engine.config import RunConfig, to_dict, to_yaml
@@ -44,7 +44,7 @@ from sivae_dist.engine.summary import summarise
 from sivae_dist.engine.tracking import Progress, Tracker
 from sivae_dist.errors import UserError
 from sivae_dist.evaluation.grids import save_png
-from sivae_dist.models import Autoencoder
+from sivae_dist.models import Autoencoder, unmoved
 from sivae_dist.models.blocks import recompute_blocks
 from sivae_dist.objectives import Objective
 from sivae_dist.ops import kernels
@@ -66,6 +66,20 @@ class Trainer:
         if writes and self.group.is_main:
             self.folder.create()
             self.lock = RunLock(self.folder.root)
+        try:
+            self._build(resume_from)
+        except BaseException:  # whoever mends what was wrong in the same process finds the folder free
+            self.release()
+            raise
+
+    def release(self) -> None:
+        """Gives the run folder back to others."""
+        if self.lock is not None:
+            self.lock.release()
+
+    def _build(self, resume_from: str) -> None:
+        """All parts, with what they were in the checkpoint to go on from."""
+        config = self.config
         self.kernels = kernels.configure(config.kernels, self.device, used=config.model.fused_operators)
         if self.device.type == "cpu":
             host_memory.keep_freed(config.train.keep_freed_mb)
@@ -76,7 +90,6 @@ class Trainer:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.precision.tf32
         self.layout = torch.channels_last if config.precision.channels_last else torch.contiguous_format
         self.model = self._build_model()
-        self.sample_shape = self.model.sample_shape  # at its finest level
         players = {"encoder": self.model.encoder, "decoder": self.model.decoder}
         self.optimizers = config.optim.build(players)
         self.ema = Ema(config.ema, self.model)  # of the model that is still whole
@@ -112,13 +125,15 @@ class Trainer:
         self.nimg, self.salt = 0, 0
         self.saved_nimg = 0  # where the last checkpoint was written or read
         self.good: Path | None = None  # the checkpoint to go back to; None: the beginning
+        self.origin: dict[str, str] | None = None  # of a run that began at another's checkpoint
         if saved is not None:
             with resume.reading_state_of(saved):
                 self._restore(saved)
                 self.guard.load(saved.state.get("guard", {}))
                 self.salt, self.good = int(saved.state["plan_salt"]), saved.path
+                self.origin = saved.state.get(resume.ORIGIN)
         self.stream = self._open_stream()
-        resume.check_fits(self.stream, self.sample_shape, self.model, saved)
+        resume.check_fits(self.stream, self.model.finest_shape, self.model, saved)
         agreement.check_state(self.group, config, self._facts(), self._tensors())
         judges = evaluator_for(self.model)
         self.evaluator = judges(config.eval, self.stream, self.group, self.device, precision, config.train.seed)
@@ -143,7 +158,7 @@ class Trainer:
     def _open_stream(self) -> Stream:
         self.iteration.salt = self.salt
         seed, group = self.config.train.seed, self.group
-        data = self.config.data.at(self.sample_shape)
+        data = self.config.data.at(self.model.finest_shape)
         return data.build(seed=seed, salt=self.salt, rank=group.rank, ranks=group.ranks)
 
     def _restore(self, saved: Snapshot) -> None:
@@ -162,6 +177,9 @@ class Trainer:
         config, growing, total = self.config, self.growing, self.config.train.total_nimg
         log.info("from %d to %d images, salt %d, %s", self.nimg, total, self.salt, self.launch.describe())
         self._describe()
+        if self.group.is_main:
+            resume.settle(self.folder, self.good)
+        notes.tell(notes.before(config, self.model.levels, self.folder, self.nimg), main=self.group.is_main)
         self.tracker = Tracker(config.tracking, self.folder, resumed_nimg=self.nimg, is_main=self.group.is_main)
         self.writer = checkpoint_sharded.writer_for(config.checkpoint, self.folder.checkpoints, self.group)
         self.prints.begin(self.nimg)
@@ -171,6 +189,7 @@ class Trainer:
             growing.enter(0)
             if config.eval.at_start:
                 self._evaluate()
+        drawn = config.tracking.images_every_kimg
         batches = self._batches()
         ran = save_due = False  # ran: an iteration has ended since the start or the last rollback
         results: dict[str, float] = {}
@@ -214,7 +233,7 @@ class Trainer:
                         self.progress.show(self.newest)
                     if due(self.nimg, size, config.eval.every_kimg) or finished:
                         results = self._evaluate()
-                    if due(self.nimg, size, config.tracking.images_every_kimg) or finished:
+                    if due(self.nimg, size, drawn) or (finished and drawn > 0):
                         self._draw()
                     save_due |= due(self.nimg, size, config.checkpoint.every_kimg)
                     if (save_due and self.guard.calm) or finished:
@@ -288,7 +307,9 @@ class Trainer:
 
     def _evaluate(self) -> dict[str, float]:
         """Metrics of the averaged model on held-out data (or training data, if the data have no such split)."""
-        results = self.evaluator.metrics(whole_model(self.ema.model))
+        average = whole_model(self.ema.model)
+        with unmoved(average):
+            results = self.evaluator.metrics(average)
         log.info("evaluation at %d images: %s", self.nimg, results)
         self.tracker.scalars(self.nimg, results | self.clock.totals())
         self.newest |= results
@@ -301,7 +322,8 @@ class Trainer:
         current = self.model if average is self.ema.model else whole_model(average, self.model.state_dict())
         if not self.group.is_main:
             return
-        pictures = self.evaluator.pictures(current, average, self.config.tracking.images)
+        with unmoved(current, average):
+            pictures = self.evaluator.pictures(current, average, self.config.tracking.images)
         save_png(self.folder.samples / f"nimg-{self.nimg:09d}.png", pictures.pop("grid"))
         for tag, picture in pictures.items():
             self.tracker.image(self.nimg, tag, picture)
@@ -331,6 +353,7 @@ class Trainer:
             "metrics": results,
             "data": self.stream.fingerprint,
             "config": to_dict(self.config),
+            resume.ORIGIN: self.origin,
         }
         began = time.monotonic()
         self.writer.take(self.nimg, self.model, self.ema.model, self.strategy, state)

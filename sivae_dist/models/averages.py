@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Protocol, runtime_checkable
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -36,3 +38,19 @@ def running_averages(network: nn.Module) -> Iterator[tuple[Tensor, float]]:
                 yield average, 1 - module.momentum
         if module.num_batches_tracked is not None:
             yield module.num_batches_tracked, 1
+
+
+@contextmanager
+def unmoved(*networks: nn.Module) -> Iterator[None]:
+    """Within, averages that even evaluation moves come back to what they were: who looks at a model does not change it.
+
+    Otherwise each rank would move them by its own part of the held-out data. (Evaluation leaves batch norms alone.)
+    """
+    modules = [module for network in networks for module in network.modules() if isinstance(module, Averaging)]
+    before = [(average, average.clone()) for module in modules for average, _ in module.running_averages()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for average, value in before:
+                average.copy_(value)

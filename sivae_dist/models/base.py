@@ -71,6 +71,7 @@ class Autoencoder(nn.Module):
         super().__init__()
         self.encoder, self.decoder = encoder, decoder
         self.prior, self.sample_shape, self.input_range = prior, sample_shape, input_range
+        self.finest_shape = sample_shape  # of all levels; `sample_shape` is that of the present one
         self.condition_dim = condition_dim
 
     def encode(self, x: Tensor, condition: Tensor | None = None) -> Posterior:

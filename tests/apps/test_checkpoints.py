@@ -12,7 +12,7 @@ import torch
 
 from sivae_dist.cli import main
 from sivae_dist.engine import checkpoint
-from sivae_dist.engine.checkpoint_writer import CheckpointConfig, CheckpointWriter
+from sivae_dist.engine.checkpoint_writer import CheckpointConfig, CheckpointWriter, kept
 from sivae_dist.engine.config import from_dict, to_dict, to_yaml
 from sivae_dist.engine.run_lock import RunLock
 
@@ -144,6 +144,14 @@ def test_prune_does_as_the_training_does(run: Path, command: Any, tmp_path: Path
     assert sorted(p.name for p in (tmp_path / "kept").glob("nimg-*")) == [
         p.name for p in checkpoint.all_of(run / "checkpoints")
     ]
+
+
+def test_newer_ones_than_the_latest_are_of_another_course() -> None:
+    """After --resume OLDER they take no place among the last ones, so that the new course's own are kept."""
+    found = [Path(f"nimg-{n:09d}") for n in (50, 60, 70, 90, 100)]
+    config = CheckpointConfig(keep_last=2, best=None)
+    assert list(kept(config, found, found[2])) == [found[2], found[1]]
+    assert list(kept(config, found, None)) == found[-2:]
 
 
 def test_prune_never_takes_the_latest_good_one(run: Path, command: Any) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +12,13 @@ import pytest
 import torch
 from PIL import Image
 from running import SMALL, final_files, results
+from running import sivae_dist as run_command
 
 import sivae_dist
+from sivae_dist.engine import checkpoint
 from sivae_dist.engine.config import from_dict
+from sivae_dist.engine.judge import judge
+from sivae_dist.engine.notes import unused
 from sivae_dist.engine.progressive import GrowthConfig
 from sivae_dist.errors import UserError
 
@@ -77,6 +83,49 @@ def test_a_checkpoint_is_used_at_its_level(grown: Path) -> None:
     finished = sivae_dist.load(grown)
     assert finished.sample(2).shape == (2, 3, 16, 16)
     assert torch.isfinite(finished.sample(2)).all()
+
+
+def test_evaluated_below_its_full_size_on_a_pyramid(grown: Path, tmp_path: Path) -> None:
+    """The pictures are those of training, averaged down, whether data.url names the level or the pyramid."""
+    pyramid = tmp_path / "data"
+    command = ["data", "scenes", str(pyramid / "16"), "--count", "88", "--resolution", "16", "--val-count", "16"]
+    assert run_command(*command, "--shard-size", "20").returncode == 0
+    coarse = sorted((grown / "checkpoints").glob("nimg-*"))[0]
+    found = {}
+    for name, url in (("level", pyramid / "16"), ("pyramid", pyramid)):
+        run = tmp_path / name
+        shutil.copytree(coarse, run / "checkpoints" / coarse.name)
+        state = json.loads((run / "checkpoints" / coarse.name / "state.json").read_text())
+        state["config"]["data"]["url"] = str(url)
+        saved = checkpoint.read(coarse)
+        shutil.rmtree(run)
+        checkpoint.write(run / "checkpoints", replace(saved, state=state))
+        found[name], picture = judge(run, images=16)
+        assert picture.is_file()
+    assert found["level"] == found["pyramid"]
+
+
+def test_settings_that_growth_replaces_are_told(shards: Path) -> None:
+    values = growing(shards)
+    assert unused(from_dict({**values, "train": {"kimg": 0.36}}, "test"), 3) == []
+    values["optim"] = {**values["optim"], "encoder": {**PLAYER, "lr": 0.007}}
+    values["objective"] = {**values["objective"], "beta_neg": 3}
+    told = unused(from_dict({**values, "train": {"batch": 13}}, "test"), 3)
+    assert [line.split(" changes")[0] for line in told] == [
+        "train.batch 13", "optim.encoder.lr 0.007", "objective.beta_neg 3"
+    ]  # fmt: skip
+    assert "progressive.beta_neg holds (16 at the last level)" in told[-1]
+    assert unused(from_dict({**values, "progressive": {}}, "test"), 1) == []
+
+
+def test_rates_may_change_when_it_goes_on(grown: Path, shards: Path, tmp_path: Path) -> None:
+    values = {**growing(shards), "progressive": {**GROWTH, "lr": [0.001], "beta_neg": [4]}}
+    start = sorted((grown / "checkpoints").glob("nimg-*"))[-2]
+    sivae_dist.train(from_dict(values, "test"), tmp_path / "run", str(start))
+    assert {row["lr/encoder"] for row in results(tmp_path / "run") if "lr/encoder" in row} == {0.001}
+    values["progressive"] = {**GROWTH, "level_kimg": 0.06}
+    with pytest.raises(UserError, match=r"trained with progressive.level_kimg 0.12 \(now 0.06\)"):
+        sivae_dist.train(from_dict(values, "test"), tmp_path / "run")
 
 
 def test_growing_needs_levels(shards: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from sivae_dist.apps.suggest import LEAD, Measured, default_model, propose_hinge
 from sivae_dist.cli.suggest import suggest
 from sivae_dist.engine.config import from_dict, read_yaml
 from sivae_dist.errors import UserError
+from sivae_dist.objectives.soft_introvae import SoftIntroVaeConfig
 
 
 def measured(**values: Any) -> Measured:
@@ -50,6 +52,31 @@ def test_beta_neg_puts_the_balance_above_real_data(kl: float, beta_kl: float) ->
 def test_what_no_beta_neg_can_do_is_said() -> None:
     proposal = propose_soft(measured(kl_real=2000.0), beta_rec=1.0, beta_kl=1.0)
     assert "no beta_neg makes fakes settle" in proposal.warnings[0]
+
+
+def test_beta_neg_is_for_the_scale_of_the_run_to_be() -> None:
+    """alpha, gamma and scale of the given objective decide where fakes settle, and the line that tells exp(ELBO)."""
+    m = measured(kl_real=20.0)
+    given = SoftIntroVaeConfig(alpha=1.0, gamma=0.5, scale=4 / m.dimensions)
+    proposal = propose_soft(m, beta_rec=1.0, beta_kl=1.0, given=given)
+    weights = replace(given, beta_rec=1.0, beta_kl=1.0, beta_neg=proposal.objective["beta_neg"])
+    objective = weights.build((m.dimensions,))
+    beta_neg, unit = weights.beta_neg, 1 / (weights.alpha * objective.scale)
+    kl = (unit * math.log(beta_neg / weights.gamma) - m.rec_fake) / beta_neg  # where push and pull are equal
+    assert kl == pytest.approx(LEAD * m.kl_real, rel=0.05)
+    assert not proposal.warnings
+    plain = propose_soft(m, beta_rec=1.0, beta_kl=1.0)
+    assert plain.objective["beta_neg"] > 2 * proposal.objective["beta_neg"]
+    with pytest.raises(UserError, match="alpha"):
+        propose_soft(m, beta_rec=1.0, beta_kl=1.0, given=replace(given, alpha=0.0))
+
+
+def test_a_growing_model_is_refused_before_the_warm_up(shards: Path, tmp_path: Path) -> None:
+    path = tmp_path / "growing.yaml"
+    path.write_text("model: {name: style, image_size: 16}\nprogressive: {enabled: true}\n")
+    with pytest.raises(UserError, match=r"(?s)growing model has a KL at each resolution.*progressive.enabled False"):
+        suggest(str(shards), config=path, out=tmp_path / "new.yaml", run=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_margin_lies_above_most_of_the_data() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from sivae_dist.data import HostBatch
 from sivae_dist.distributed.group import Group
 from sivae_dist.engine.evaluate import EvalConfig, Evaluator
 from sivae_dist.engine.precision import Precision
+from sivae_dist.models import unmoved
 from sivae_dist.models.style import StyleAutoencoder, StyleConfig
 
 IMAGES = 12
@@ -90,3 +92,18 @@ def test_pictures_show_what_metrics_judge(model: StyleAutoencoder) -> None:
     fixed = evaluator(batch=4, noise="fixed").pictures(model, model, columns=3)
     assert (pictures["images/prior"] != fixed["images/prior"]).any()
     assert (pictures["images/real"] == fixed["images/real"]).all()
+
+
+def test_looking_moves_no_average() -> None:
+    """Published code moves the average style in evaluation; on ranks with other held-out images it would part."""
+    torch.manual_seed(0)
+    model = replace(StyleConfig.tiny(), dlatent_avg_updates="published").build().eval()
+    before = model.decoder.dlatent_avg.clone()
+    judge = evaluator(batch=5)
+    judge.metrics(model)
+    assert not torch.equal(model.decoder.dlatent_avg, before)  # so there is something to put back
+    model.decoder.dlatent_avg.copy_(before)
+    with unmoved(model):
+        judge.metrics(model)
+        judge.pictures(model, model, 4)
+    assert torch.equal(model.decoder.dlatent_avg, before)
