@@ -14,9 +14,10 @@ from sivae_dist.data.base import HostBatch
 from sivae_dist.data.decode import open_image, prepare
 from sivae_dist.data.files import expanded
 from sivae_dist.data.manifest import FILE_NAME
+from sivae_dist.data.pyramid import level_for
 from sivae_dist.data.shard_read import ShardReader, load_manifest
 from sivae_dist.data.sources.folder import FolderSource
-from sivae_dist.data.store import open_store
+from sivae_dist.data.store import Access, open_store
 from sivae_dist.engine.load import Noise, Trained
 from sivae_dist.engine.progressive import resized
 from sivae_dist.errors import UserError
@@ -52,7 +53,8 @@ def pictures(where: Sequence[str], trained: Trained, *, limit: int = 0) -> Itera
     """Pictures of files, of a folder (sub-folders included, in order of name) or of a packed data set, in this order.
 
     Files and folders go the packer's way: upright, centre square, Lanczos. Of a packed data set the held-out split is
-    read, or all when it has none; larger ones are averaged down as in training. limit: at most so many; 0 is all.
+    read, or all when it has none; larger ones are averaged down as in training. Of one packed at several resolutions it
+    is that of the model (at its finest level). limit: at most so many; 0 is all.
     Raises UserError.
     """
     image_range(trained)
@@ -95,9 +97,10 @@ def described(trained: Trained, *, psi: float | None = None, noise: Noise | None
 
 
 def _of(text: str, trained: Trained) -> Iterator[Picture]:
-    path = expanded(text)
-    if (path / FILE_NAME).is_file() or "://" in text:
-        yield from _packed(text, trained)
+    path, remote = expanded(text), "://" in text
+    packed = level_for(text, trained.model.finest_shape[-1], Access(cache_gb=0)) if remote or path.is_dir() else text
+    if remote or packed != text or (path / FILE_NAME).is_file():
+        yield from _packed(packed, trained)
     elif path.is_dir():
         source = FolderSource(path)
         for item in source.items():

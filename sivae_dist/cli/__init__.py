@@ -68,13 +68,20 @@ def _run(arguments: list[str]) -> None:
     if not arguments or arguments[0] in {"-h", "--help"}:
         print(_overview(known))
         return
+    group = {name: function for name, function in known.items() if name.startswith(f"{arguments[0]} ")}
+    if group and (len(arguments) == 1 or arguments[1] in {"-h", "--help"}):
+        print(_overview(group, arguments[0]))
+        return
     raise UserError(
         f"there is no command {' '.join(arguments[:2])!r}", nearest(" ".join(arguments[:2]), [*_APART, *known])
     )
 
 
-def _overview(known: dict[str, Callable[..., object]]) -> str:
-    rows = _APART | {name: (function.__doc__ or "").strip().splitlines()[0] for name, function in known.items()}
+def _overview(known: dict[str, Callable[..., object]], group: str = "") -> str:
+    """What there is; group: commands of two words that begin with this one."""
+    rows = {name: (function.__doc__ or "").strip().splitlines()[0] for name, function in known.items()}
+    rows = rows if group else _APART | rows
     width = max(map(len, rows)) + 2
     lines = [f"  {name:<{width}}{text}" for name, text in rows.items()]
-    return "usage: sivae-dist COMMAND [options]     (--help after a command tells its options)\n\n" + "\n".join(lines)
+    usage = f"usage: sivae-dist {f'{group} ' if group else ''}COMMAND [options]"
+    return f"{usage}     (--help after a command tells its options)\n\n" + "\n".join(lines)

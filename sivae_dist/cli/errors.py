@@ -100,12 +100,14 @@ def explain(error: Exception) -> UserError | None:
     if isinstance(error, ImportError) and not (error.name or "").startswith("sivae_dist"):
         return UserError(
             f"a package is missing or broken: {text}",
-            "pip install sivae-dist (or ./launch/setup.sh) installs it; `sivae-dist doctor` looks at all of them",
+            "pip install sivae-dist (in a checkout: pip install -c constraints.txt -e .) installs it; `sivae-dist "
+            "doctor` looks at all of them",
         )
     if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _mentions(text, _NO_MEMORY)):
         return UserError(
             f"out of memory: {text or 'the host has no more'}"[:500],
-            "lower train.batch, or raise train.accumulation, or check model.* and data.* for a number that is too big; "
+            "lower train.batch (of a growing model progressive.batch), or raise train.accumulation, or check model.* "
+            "and data.* for a number that is too big; "
             "`--dry-run` predicts the memory",
         )
     return _lost(error)

@@ -14,6 +14,7 @@ import pytest
 import torch
 import tyro
 from PIL import Image
+from saving import RESIDUAL, save
 
 from sivae_dist import load
 from sivae_dist.apps.mix import layer_numbers
@@ -140,6 +141,18 @@ def test_nothing_is_overwritten_unasked(do: Command, runs: Runs, tmp_path: Path)
 
 
 # ---- reconstruct
+
+
+def test_reconstruct_of_a_pyramid(do: Command, runs: Runs, tmp_path: Path) -> None:
+    """The level of the model is taken; a growing one's is that of its finest, averaged down."""
+    do("data scenes", tmp_path / "pyramid/16", "--count", 12, "--resolution", 16, "--val-count", 4)
+    for name in ("residual", "growing"):
+        for data in ("pyramid", "pyramid/16"):
+            said = do("reconstruct", runs[name], "--data", data, "--out", f"{name}-{Path(data).name}.png")
+            assert said.count("scene-") == 4
+        assert Path(f"{name}-16.png").read_bytes() == Path(f"{name}-pyramid.png").read_bytes()
+    with pytest.raises(UserError, match="holds pictures of 16 pixels, the model takes 32"):
+        do("reconstruct", save(tmp_path / "wide", {**RESIDUAL, "image_size": 32}), "--data", "pyramid")
 
 
 def test_reconstruct_pictures(do: Command, runs: Runs) -> None:

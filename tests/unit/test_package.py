@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 import sivae_dist
+from sivae_dist.cli import commands, main
 
 
 def test_train_stays_callable_once_the_module_of_that_name_is_imported(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -29,3 +30,13 @@ def test_in_a_fresh_interpreter() -> None:
     code = "import sivae_dist, sivae_dist.train; sivae_dist.train()"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120)
     assert "train() missing 2 required positional arguments: 'config' and 'out'" in done.stderr
+
+
+@pytest.mark.parametrize("words", [["data"], ["data", "--help"], ["bench", "-h"], ["checkpoint"]])
+def test_a_group_of_commands_tells_its_commands(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    main(words)
+    said = capsys.readouterr().out
+    assert said.startswith(f"usage: sivae-dist {words[0]} COMMAND")
+    rows = said.split("\n\n", 1)[1].splitlines()
+    assert rows and all(row.startswith(f"  {words[0]} ") for row in rows)
+    assert len(rows) == sum(name.startswith(f"{words[0]} ") for name in commands())

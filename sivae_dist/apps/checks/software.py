@@ -31,7 +31,7 @@ OPTIONAL = {
     "webdataset": ("webdataset", "pip install webdataset, if other programs are to read the shards through it"),
 }
 STALE_S = 600.0
-_INSTALL = "pip install sivae-dist, or ./launch/setup.sh in a checkout"
+_INSTALL = "pip install sivae-dist, or in a checkout: pip install -c constraints.txt -e ."
 
 
 def python() -> list[Check]:
