@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 import sivae_dist
 from sivae_dist.engine import checkpoint
 from sivae_dist.engine.config import RunConfig, from_dict
+from sivae_dist.engine.resume import ORIGIN
 from sivae_dist.models import ModelConfig
 from sivae_dist.registry import components
 
@@ -86,11 +87,11 @@ def rows(folder: Path, after: int) -> list[dict[str, float]]:
 
 
 def content(path: Path) -> Any:
-    """A checkpoint's file: its bytes, or what JSON says without the time that training took."""
+    """A checkpoint's file: its bytes, or what JSON says without times, and without what a run was resumed from."""
     if path.suffix != ".json":
         return path.read_bytes()
     values = json.loads(path.read_text())
-    return {key: value for key, value in values.items() if key not in {"clock", "state.json"}}
+    return {key: value for key, value in values.items() if key not in {"clock", "state.json", ORIGIN}}
 
 
 def assert_goes_on(config: RunConfig, whole: Path, start: int, out: Path) -> None:
