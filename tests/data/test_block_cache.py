@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import gc
 import multiprocessing
 import os
+import resource
 import signal
 import time
 
@@ -14,6 +16,7 @@ from web import serving
 from sivae_dist.data.loader import ShardsConfig
 from sivae_dist.data.shard_read import ShardReader, load_manifest
 from sivae_dist.data.store import Access, FolderStore, open_store
+from sivae_dist.data.stores import cache as cache_module
 from sivae_dist.data.stores.base import Events
 from sivae_dist.data.stores.cache import BlockCache
 from sivae_dist.errors import UserError
@@ -88,6 +91,96 @@ def test_damaged_blocks_are_not_used(tmp_path, damage):
     assert cache.read("ab-0") is None
     assert cache.events.counts["cache_damaged"] == 1
     assert not path.exists()
+
+
+@pytest.fixture
+def checks(monkeypatch):
+    """Whole blocks that were read to check them."""
+    found, check = [], cache_module._checked_length
+    monkeypatch.setattr(cache_module, "_checked_length", lambda handle: found.append(handle) or check(handle))
+    return found
+
+
+def filled(folder, blocks) -> BlockCache:
+    """Blocks of four bytes, written a while ago: the clock of a file system may stand still between two writes."""
+    writer = made(folder)
+    for number in range(blocks):
+        writer.put(f"ab-{number}", b"%04d" % number)
+        os.utime(writer._path(f"ab-{number}"), (1000, 1000))
+    return made(folder)
+
+
+def open_files(folder) -> int:
+    inside = str(folder / "blocks")
+    links = (f"/proc/self/fd/{name}" for name in os.listdir("/proc/self/fd"))
+    return sum(os.path.exists(link) and os.readlink(link).startswith(inside) for link in links)
+
+
+def test_a_block_is_checked_once_though_fewer_may_be_open(tmp_path, monkeypatch, checks):
+    monkeypatch.setattr(cache_module, "_OPEN_MOST", 8)
+    cache, blocks = filled(tmp_path, 40), range(40)
+    for _ in range(3):
+        for number in blocks:
+            assert cache.read(f"ab-{number}") == b"%04d" % number
+            assert open_files(tmp_path) <= 8
+    assert len(checks) == 40
+    other = made(tmp_path)  # as another process: it checks for itself, and writes down that it uses a block
+    assert [other.read(f"ab-{number}") for number in blocks] == [cache.read(f"ab-{number}") for number in blocks]
+    assert len(checks) == 80
+    assert cache._path("ab-0").stat().st_atime > 1e9
+
+
+def test_a_block_that_was_replaced_or_changed_is_checked_again(tmp_path, monkeypatch, checks):
+    monkeypatch.setattr(cache_module, "_IDLE_S", -1.0)  # closed before the next one is opened
+    cache = filled(tmp_path, 3)
+    for number in (0, 1, 2, 0, 1, 2):
+        assert cache.read(f"ab-{number}") == b"%04d" % number
+    assert len(checks) == 3
+    made(tmp_path).put("ab-0", b"new!")
+    assert cache.read("ab-0") == b"new!"
+    assert len(checks) == 4
+    with open(cache._path("ab-1"), "r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"?")
+    assert cache.read("ab-1") is None
+    assert len(checks) == 5
+    assert cache.events.counts["cache_damaged"] == 1
+    made(tmp_path).put("ab-1", b"0001")
+    cache.drop("ab-2")
+    made(tmp_path).put("ab-2", b"0002")
+    assert cache.read("ab-1") == b"0001" and cache.read("ab-2") == b"0002"
+    assert len(checks) == 7
+
+
+def test_what_is_remembered_and_open_is_bounded(tmp_path, monkeypatch, checks):
+    monkeypatch.setattr(cache_module, "_CHECKED_MOST", 4)
+    cache = filled(tmp_path, 12)
+    for number in range(12):
+        cache.read(f"ab-{number}")
+    assert len(cache._checked) == 4
+    cache.close()
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (160, 4096))
+    others = [made(tmp_path / str(number)) for number in range(4)]  # of the other folders of a pattern
+    gc.collect()
+    share = max(4, 160 // 4 // len(cache_module._CACHES))
+    assert len(others) == 4 <= share < 12
+    for number in range(12):
+        cache.read(f"ab-{number}")
+        assert open_files(tmp_path) == min(number + 1, share)
+
+
+def test_a_process_that_may_open_no_more_files_closes_blocks(tmp_path, monkeypatch):
+    cache, opening, refused = filled(tmp_path, 6), os.open, []
+
+    def full(path, *flags, **options):
+        if open_files(tmp_path) >= 3 and str(path).startswith(str(tmp_path)):
+            refused.append(path)
+            raise OSError(errno.EMFILE, "Too many open files")
+        return opening(path, *flags, **options)
+
+    monkeypatch.setattr(os, "open", full)
+    assert [cache.read(f"ab-{number}") for number in range(6)] == [b"%04d" % number for number in range(6)]
+    assert len(refused) == 3
 
 
 def test_the_least_recently_used_go_first(tmp_path):

@@ -2,9 +2,11 @@
 
 A block is BLOCK bytes of a tar (or a whole index), named by the sha256 of its file in the manifest: the same data have
 the same blocks wherever they come from, and other data never do. Blocks are written aside and renamed, so that a
-process killed in between leaves nothing half done; each is checked by its CRC-32 when a process opens it, and what the
-readers find damaged in spite of that is dropped. The least recently used go first. Locks are flock's, which the kernel
-gives back however a process ends; nobody waits for one longer than it would take to do without.
+process killed in between leaves nothing half done; each is checked by its CRC-32 when a process first opens it, and
+again when another file lies in its place or this one has changed; what the readers find damaged in spite of that is
+dropped. The least recently used go first, by the time of last access: that of the last change stays as it was written.
+Locks are flock's, which the kernel gives back however a process ends; nobody waits for one longer than it would take to
+do without.
 """
 
 from __future__ import annotations
@@ -12,11 +14,14 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import math
 import os
+import resource
 import struct
 import threading
 import time
 import uuid
+import weakref
 import zlib
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -33,7 +38,12 @@ _LEAST_BLOCK = 1 << 16
 _BLOCKS_AT_LEAST = 16  # in a cache; a small one has smaller blocks
 _HEAD = struct.Struct("<8sIQ")  # magic, CRC-32 of the rest, bytes of the rest
 _MAGIC = b"SIVAEBLK"
-_OPEN = 64
+# Open files of all caches of a process together: a quarter of what it may have open, so that connections, shards of
+# this machine and the caches of a pattern's other folders find room. To open a block again is a matter of microseconds.
+_OPEN_MOST, _OPEN_LEAST = 1024, 4
+_IDLE_S = 60.0  # an open file that was evicted keeps its space on the disk: what is not read is closed
+# Blocks that are remembered as checked, about 0.5 kB each: those of 128 GiB, or 16 for each of 1024 lanes.
+_CHECKED_MOST = 1 << 14
 _TOUCH_S = 10.0
 _STRIPES = 256
 _POLL_S = 0.02
@@ -44,10 +54,22 @@ _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclass
-class _Open:
-    handle: int
+class _Checked:
+    """A block that was whole. file: which one, as `_file` says; touched: when its last use was written down."""
+
+    file: tuple[int, int, int, int]
     length: int
     touched: float
+
+
+@dataclass
+class _Open:
+    handle: int
+    block: _Checked
+    used: float
+
+
+_CACHES: weakref.WeakSet[BlockCache] = weakref.WeakSet()
 
 
 class BlockCache:
@@ -65,9 +87,11 @@ class BlockCache:
             self.block //= 2
         self._step = max(1, limit // self.block // 16)  # blocks written by all processes between two clean-ups
         self._opened: OrderedDict[str, _Open] = OrderedDict()
+        self._checked: OrderedDict[str, _Checked] = OrderedDict()
         self._refused_until = 0.0
         self._told = self._looked = self._trusted = False
         self._lock = threading.RLock()  # of what is open: several threads may fetch
+        _CACHES.add(self)
 
     def read(self, key: str, offset: int = 0, length: int | None = None) -> bytes | None:
         """Bytes of a block, None when it is not there."""
@@ -76,7 +100,7 @@ class BlockCache:
             found = self._open(key)
             if found is None:
                 return None
-            length = found.length - offset if length is None else length
+            length = found.block.length - offset if length is None else length
             try:
                 data = os.pread(found.handle, length, _HEAD.size + offset)
             except OSError:
@@ -120,6 +144,7 @@ class BlockCache:
     def drop(self, key: str) -> None:
         """Forgets a block."""
         with self._lock:
+            self._checked.pop(key, None)
             if found := self._opened.pop(key, None):
                 os.close(found.handle)
         with contextlib.suppress(OSError):
@@ -168,30 +193,54 @@ class BlockCache:
         now = time.monotonic()
         if found := self._opened.get(key):
             self._opened.move_to_end(key)
-            if now - found.touched > _TOUCH_S:
-                found.touched = now
-                with contextlib.suppress(OSError):
-                    os.utime(found.handle)
-                if os.fstat(found.handle).st_nlink == 0:  # evicted: an open file would keep its space
-                    os.close(self._opened.pop(key).handle)
-                    return None
+            found.used = now
+            if now - found.block.touched > _TOUCH_S and not _touched(found, now):  # evicted: it would keep its space
+                os.close(self._opened.pop(key).handle)
+                return None
             return found
-        try:
-            handle = os.open(self._path(key), os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
-        except OSError:
+        handle = self._handle(key)
+        if handle is None:
             return None
-        length = _checked_length(handle)
-        if length is None:
+        block = self._whole(key, handle)
+        if block is None:
             os.close(handle)
             self.events.count("cache_damaged")
             self.drop(key)
             return None
-        with contextlib.suppress(OSError):
-            os.utime(handle)
-        while len(self._opened) >= _OPEN:
+        found = self._opened[key] = _Open(handle, block, now)
+        if now - block.touched > _TOUCH_S:
+            _touched(found, now)
+        return found
+
+    def _handle(self, key: str) -> int | None:
+        """A block's file, opened; None when it is not there. Makes room for it among the open ones."""
+        now, most = time.monotonic(), max(_OPEN_LEAST, _may_be_open() // len(_CACHES))
+        while self._opened and (len(self._opened) >= most or now - next(iter(self._opened.values())).used > _IDLE_S):
             os.close(self._opened.popitem(last=False)[1].handle)
-        self._opened[key] = _Open(handle, length, now)
-        return self._opened[key]
+        while True:
+            try:
+                return os.open(self._path(key), os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+            except OSError as error:
+                if error.errno != errno.EMFILE or not self._opened:  # others may have more open than was thought
+                    return None
+                os.close(self._opened.popitem(last=False)[1].handle)
+
+    def _whole(self, key: str, handle: int) -> _Checked | None:
+        """The block in an open file, which is read to the end unless this process has done so; None if not whole."""
+        try:
+            file = _file(handle)
+        except OSError:
+            return None
+        if (known := self._checked.get(key)) is not None and known.file == file:
+            self._checked.move_to_end(key)
+            return known
+        length = _checked_length(handle)
+        if length is None:
+            return None
+        while len(self._checked) >= _CHECKED_MOST:
+            self._checked.popitem(last=False)
+        known = self._checked[key] = _Checked(file, length, -math.inf)
+        return known
 
     def _write(self, key: str, data: bytes) -> None:
         path = self._path(key)
@@ -252,7 +301,7 @@ class BlockCache:
                         continue
                 except OSError:
                     continue
-                yield facts.st_mtime, facts.st_size, entry.path
+                yield max(facts.st_atime, facts.st_mtime), facts.st_size, entry.path
 
 
 def refuse_shared(folder: Path) -> bool:
@@ -268,6 +317,29 @@ def refuse_shared(folder: Path) -> bool:
         what = f"everybody may write to the data cache {folder}, and so decide what is trained on"
         raise UserError(what, f"chmod o-w {folder}, or set data.cache_dir to a folder in it, which is then made")
     return True
+
+
+def _may_be_open() -> int:
+    soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return _OPEN_MOST if soft == resource.RLIM_INFINITY else min(_OPEN_MOST, soft // 4)
+
+
+def _file(handle: int) -> tuple[int, int, int, int]:
+    """What tells an open file from others, and from itself after it was written to."""
+    facts = os.fstat(handle)
+    return facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns
+
+
+def _touched(found: _Open, now: float) -> bool:
+    """Writes down that a block was used. Returns whether its file is still in the folder.
+
+    The time of the file's last change stays: it tells whether it has changed.
+    """
+    found.block.touched = now
+    facts = os.fstat(found.handle)
+    with contextlib.suppress(OSError):
+        os.utime(found.handle, ns=(time.time_ns(), facts.st_mtime_ns))
+    return facts.st_nlink > 0
 
 
 def _scan(folder: Path | str) -> list[os.DirEntry[str]]:
