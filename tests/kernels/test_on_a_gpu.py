@@ -37,11 +37,14 @@ def inputs(layout: Any, device: str = "cuda") -> list[torch.Tensor]:
 def test_a_captured_graph_replays(layout: Any) -> None:
     """Capture fails for a launch on any stream but the current one, and for every wait of the host."""
     tensors = inputs(layout)
-    wanted = step(*tensors)
+    # Values only: a graph that lives on holds the leaves' nodes, which belong to this stream, and the capture would use
+    # them ("would make the legacy stream depend on a capturing blocking stream").
+    wanted = [result.detach().clone() for result in step(*tensors)]
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         step(*tensors)
-    stream.synchronize()
+    torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         found = step(*tensors)
