@@ -97,7 +97,9 @@ def test_gradcheck(lane: Lane) -> None:
         assert y is not None and scaled is not None
         return y, scaled
 
-    assert torch.autograd.gradcheck(run, tuple(given.values()))
+    # gradcheck wants equal gradients of equal calls; those of cuDNN's convolutions may differ in the last bit.
+    with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True):
+        assert torch.autograd.gradcheck(run, tuple(given.values()))
 
 
 def test_empty_batch(lane: Lane) -> None:
