@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import json
 import os
 import platform
@@ -24,6 +25,7 @@ from sivae_dist.resources import kernels_dir
 Device = Literal["cpu", "cuda", "emulated"]
 SOURCES: dict[Device, str] = {"cpu": "*/*_cpu.cpp", "cuda": "*/*.cu", "emulated": "*/*.cu"}
 ARCHITECTURES = "80;90+PTX"  # when no device says otherwise
+_LAUNCHERS = {"ccache", "sccache", "distcc", "icecc"}  # what stands before a compiler and is none
 _OLDEST, _NEWEST = (2, 11), (2, 13)  # versions of torch's stable interface that the sources are written for
 
 
@@ -113,10 +115,11 @@ def recipe(device: Device, *, ahead: bool = False) -> Recipe:
     cxx = tuple(cxx_command())
     if device == "cuda":
         nvcc, toolkit = nvcc_command()
-        host = ["-ccbin", cxx[0], "-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall,-Wextra,-Werror"]
-        strict = ["-Werror", "all-warnings", "-Xptxas", "-v", "--expt-relaxed-constexpr", "-lineinfo"]
+        host = host_words(cxx)
+        strict = ["-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall,-Wextra,-Werror", "-Werror", "all-warnings"]
+        strict += ["-Xptxas", "-v", "--expt-relaxed-constexpr", "-lineinfo"]
         flags = [*common, *host, *strict, *_gencode()]
-        link += ["-cudart", "shared", "-Xlinker", f"-rpath,{toolkit / 'lib64'}"]
+        link = [*host, *link, "-cudart", "shared", "-Xlinker", f"-rpath,{toolkit / 'lib64'}"]
         if torch.version.cuda is not None:
             link += ["-ltorch_cuda"]
         return Recipe(device, (nvcc,), _version((nvcc,)), tuple(flags), tuple(link), root, ninja_command(), ahead)
@@ -145,6 +148,22 @@ def cxx_command() -> list[str]:
             f"there is no C++ compiler ({given or 'c++, g++, clang++'} is not found)",
             "install one (Debian, Ubuntu: apt install g++), or set CXX to a working one",
         )
+    return words
+
+
+def host_words(cxx: tuple[str, ...]) -> list[str]:
+    """nvcc's words for the C++ compiler that does the host's part of compiling, and links.
+
+    -ccbin takes one word: launchers before the compiler are left out, its own flags follow as -Xcompiler. Raises
+    UnavailableError when no compiler follows a launcher.
+    """
+    compiler, *flags = itertools.dropwhile(lambda word: Path(word).name in _LAUNCHERS, (*cxx, ""))
+    if shutil.which(compiler) is None:
+        what = f"{compiler} is not found" if compiler else f"{' '.join(cxx)} is none"
+        raise UnavailableError(f"there is no C++ compiler for nvcc ({what})", "set CXX to a working one")
+    words = ["-ccbin", compiler]
+    for flag in flags[:-1]:  # nvcc splits at commas, and its shell at blanks
+        words += ["-Xcompiler", shlex.quote(flag).replace(",", "\\,")]
     return words
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -19,11 +21,15 @@ def built() -> _build.Built:
     """Architectures as for a wheel: compiled for 8.0 and 9.0, with PTX for what comes later."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SIVAE_CUDA_ARCHS", _toolchain.ARCHITECTURES)
-        try:
-            _toolchain.nvcc_command()
-        except UnavailableError as error:
-            pytest.skip(f"nvcc: {error.why}")
+        nvcc()
         return _build.ensure("cuda")
+
+
+def nvcc() -> str:
+    try:
+        return _toolchain.nvcc_command()[0]
+    except UnavailableError as error:
+        pytest.skip(f"nvcc: {error.why}")
 
 
 def kernels_of(report: str) -> list[tuple[str, str, dict[str, int]]]:
@@ -66,6 +72,18 @@ def test_it_loads_beside_this_torch_and_registers_its_operators(built: _build.Bu
     torch.ops.load_library(built.library)
     for name in ("upfirdn2d", "upfirdn2d_backward", "bias_act", "bias_act_backward"):
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"sivae::{name}", "CUDA")
+
+
+def test_flags_of_the_host_compiler_reach_it(tmp_path: Path) -> None:
+    """With blanks and commas, compiling and linking."""
+    folder = tmp_path / "a, b"
+    folder.mkdir()
+    (folder / "given.h").write_text("#define GIVEN 42\n")
+    (tmp_path / "probe.cu").write_text('#include "given.h"\nextern "C" int probe() { return GIVEN + MORE; }\n')
+    host = _toolchain.host_words(("ccache", "c++", f"-I{folder}", "-DMORE=(1, 2)", "-fPIC"))
+    for step in (["-c", "probe.cu", "-o", "probe.o"], ["-shared", "probe.o", "-o", "probe.so"]):
+        subprocess.run([nvcc(), *host, *step], cwd=tmp_path, check=True, timeout=300)
+    assert ctypes.CDLL(str(tmp_path / "probe.so")).probe() == 44
 
 
 def test_the_report_is_read_right(tmp_path: Path) -> None:
