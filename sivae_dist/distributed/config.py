@@ -36,7 +36,8 @@ class DistributedConfig:
     """Compare code, settings, libraries, data and weights of all ranks before the first step (start), and their weights
     at each checkpoint, too (checkpoints)."""
     timeout_s: float = 600.0
-    """A collective that takes longer than this ends the run with an error instead of hanging."""
+    """A collective that takes longer than this ends the run with an error instead of hanging, in every process group.
+    More than data.timeout_s, so that a rank whose data do not come can tell it."""
 
     def __post_init__(self) -> None:
         if self.ranks is not None and self.ranks < 1:

@@ -71,6 +71,8 @@ class Zero(Strategy):
                     dist_init_required=False,
                 )
             self._as_scalars(name)
+            # The one that DeepSpeed makes for all its engines, with torch's own timeout.
+            torch.distributed.distributed_c10d._set_pg_timeout(group.timeout, engine.data_parallel_group)
             self._engines[name] = engine
             zero = engine.optimizer
             for flat in zero.single_partition_of_fp32_groups:  # so that there is something to save before a first step

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.optim import Optimizer
 
@@ -131,6 +131,20 @@ class Sharded(Strategy):
                 buffer.copy_(weights[name])
 
 
+def mesh_of(group: Group, shard_ranks: int, kind: str) -> DeviceMesh:
+    """All ranks on devices of that kind as (shards,), or as (copies, shards) where shard_ranks is less. Collective.
+
+    torch's init_device_mesh would make process groups with a timeout of torch's own.
+    """
+    if shard_ranks == group.ranks:
+        assert dist.group.WORLD is not None
+        return DeviceMesh.from_group(dist.group.WORLD, kind, mesh_dim_names=("shard",))
+    ranks = torch.arange(group.ranks).view(-1, shard_ranks)
+    copies, _ = dist.new_subgroups_by_enumeration(ranks.T.tolist(), timeout=group.timeout)  # type: ignore[no-untyped-call]
+    shards, _ = dist.new_subgroups_by_enumeration(ranks.tolist(), timeout=group.timeout)  # type: ignore[no-untyped-call]
+    return DeviceMesh.from_group([copies, shards], kind, mesh=ranks, mesh_dim_names=("replicate", "shard"))
+
+
 def units(player: nn.Module, least: int) -> list[nn.Module]:
     """The parts of a player that are gathered one by one: see the module's text."""
     own = getattr(player, "shard_units", None)
@@ -196,15 +210,11 @@ def build(
             f"use a divisor of {group.ranks}, or leave it out: all ranks share one copy then",
         )
     kind = next(p.device.type for player in players.values() for p in player.parameters())
-    if shard_ranks == group.ranks:
-        mesh = init_device_mesh(kind, (group.ranks,), mesh_dim_names=("shard",))
-    else:
-        mesh = init_device_mesh(kind, (group.ranks // shard_ranks, shard_ranks), mesh_dim_names=("replicate", "shard"))
     return Sharded(
         players,
         optimizers,
         group,
-        mesh,
+        mesh_of(group, shard_ranks, kind),
         unit_parameters=config.unit_parameters,
         keep_whole=config.keep_whole,
         clip_norm=clip_norm,

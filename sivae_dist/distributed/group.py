@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -11,10 +12,19 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Group:
-    """The ranks that train together. With one rank every method is the identity and touches no process group."""
+    """The ranks that train together. With one rank every method is the identity and touches no process group.
+
+    timeout_s: how long a collective may take, in every process group that is made of these ranks.
+    """
 
     rank: int = 0
     ranks: int = 1
+    timeout_s: float = 600.0
+
+    @property
+    def timeout(self) -> timedelta:
+        """timeout_s as torch wants it. torch's own, where none is given, is 30 minutes (gloo) or 10 (NCCL)."""
+        return timedelta(seconds=self.timeout_s)
 
     @property
     def is_main(self) -> bool:

@@ -69,7 +69,7 @@ def start(config: DistributedConfig) -> Launch:
     except Exception as error:  # settings of the launcher reach it unchecked, through ACCELERATE_* variables
         raise _not_started(error, world) from error
     failure.watch()
-    group = Group(accelerator.process_index, accelerator.num_processes)
+    group = Group(accelerator.process_index, accelerator.num_processes, config.timeout_s)
     _check_ranks(config, group.ranks)
     if group.ranks != world:
         raise UserError(f"the launcher announced {world} processes, but {group.ranks} joined", "see `accelerate env`")

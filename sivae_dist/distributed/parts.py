@@ -29,7 +29,7 @@ NAME = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
 
 def background_group(group: Group) -> Any:
     """A process group of its own, on the host, for planning in a thread while training goes on. Collective."""
-    return dist.new_group(backend="gloo") if group.ranks > 1 else None
+    return dist.new_group(timeout=group.timeout, backend="gloo") if group.ranks > 1 else None
 
 
 class Staging:

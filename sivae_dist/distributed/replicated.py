@@ -66,7 +66,7 @@ class Replicated(Strategy):
         self.sent_early = 0  # buckets since the start that were sent within a backward pass
         self._own_group: dist.ProcessGroup | None = None
         if overlap and self.group.ranks > 1:
-            self._own_group = dist.new_group()
+            self._own_group = dist.new_group(timeout=self.group.timeout)
             for player in players.values():
                 for parameter in player.parameters():
                     parameter.register_post_accumulate_grad_hook(self._arrived)  # type: ignore[no-untyped-call]

@@ -53,11 +53,24 @@ _LATER = (
 
 def check_start(group: Group, config: RunConfig, device: torch.device) -> None:
     """Code, settings, libraries and kind of device: asked before anything is built. Collective; raises UserError."""
+    check_patience(group, config)
     if group.ranks == 1 or config.distributed.check == "off":
         return
     facts = versions() | {"device": device.type}
     facts |= {f"the setting {key}": str(value) for key, value in flat(to_dict(config)).items() if key not in OWN}
     agree(group, facts | sources(), _START)
+
+
+def check_patience(group: Group, config: RunConfig) -> None:
+    """A rank must give up its data before the others give up waiting for it. Raises UserError."""
+    data: float | None = getattr(config.data, "timeout_s", None)  # data that are computed need no patience
+    ranks = config.distributed.timeout_s
+    if group.ranks > 1 and data is not None and data >= ranks:
+        raise UserError(
+            f"data.timeout_s is {data:g} and distributed.timeout_s {ranks:g}: with {group.ranks} ranks the first must "
+            "be less, or those that wait for one without data end before it can tell why, and nothing is saved",
+            f"--distributed.timeout_s {2 * data:g}, or a smaller data.timeout_s",
+        )
 
 
 def check_state(group: Group, config: RunConfig, facts: dict[str, str], tensors: dict[str, dict[str, Tensor]]) -> None:

@@ -14,6 +14,9 @@ from launching import accelerate_launch
 from sivae_dist.distributed.consistency import agree, differences, told
 from sivae_dist.distributed.digest import digest, rows
 from sivae_dist.distributed.group import Group
+from sivae_dist.engine.agreement import check_start
+from sivae_dist.engine.config import from_dict
+from sivae_dist.errors import UserError
 
 SETTINGS = {
     "model": {"name": "mlp"},
@@ -96,6 +99,23 @@ def test_weights_that_part_are_found_at_the_next_checkpoint(tmp_path: Path) -> N
 @pytest.mark.parametrize(("differs", "check"), [("drift", "start"), ("version", "off"), ("", "checkpoints")])
 def test_the_switch(tmp_path: Path, differs: str, check: str) -> None:
     assert launched(tmp_path, differs, "--distributed.check", check)[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("ranks", "data", "collective", "refused"),
+    [(2, 300, 301.0, False), (2, 300, 300.0, True), (3, 300, 60.5, True), (1, 300, 60.0, False), (2, None, 5.0, False)],
+)
+def test_data_are_given_up_before_collectives_are(
+    ranks: int, data: int | None, collective: float, refused: bool
+) -> None:
+    source = {"name": "toy2d"} if data is None else {"url": "nowhere", "timeout_s": data}
+    config = from_dict({"data": source, "distributed": {"timeout_s": collective, "check": "off"}}, "test")
+    if not refused:
+        check_start(Group(0, ranks), config, torch.device("cpu"))
+        return
+    says = rf"data\.timeout_s is 300 and distributed\.timeout_s {collective:g}.*{ranks} ranks"
+    with pytest.raises(UserError, match=says):
+        check_start(Group(0, ranks), config, torch.device("cpu"))
 
 
 def test_one_rank_agrees_with_itself() -> None:

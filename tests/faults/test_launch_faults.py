@@ -68,7 +68,7 @@ def test_a_rank_whose_data_break_in_the_loop(shards: Path, tmp_path: Path) -> No
     """Rank 1 owns the odd lanes; a shard goes bad under both after the start, and whoever meets it first tells."""
     options = {"data": {"workers": 0}, "train": {"kimg": 500.0}, "checkpoint": {"every_kimg": 0.05}}
     config = write_config(tmp_path / "c.yaml", shards, **options)
-    process = launch(2, "--config", config, "--out", tmp_path / "run", "--distributed.timeout_s", 300)
+    process = launch(2, "--config", config, "--out", tmp_path / "run", "--distributed.timeout_s", 301)
     until(lambda: checkpoints(tmp_path / "run") or process.poll() is not None, 90)
     for path in shards.glob("*.tar"):
         data = path.read_bytes()
@@ -124,7 +124,7 @@ def plan_of(shards: Path) -> Plan:
 @pytest.mark.slow
 def test_a_killed_rank_ends_the_others(packed: Path, tmp_path: Path) -> None:
     config = write_config(tmp_path / "c.yaml", packed, train={"kimg": 500.0})
-    process = launch(2, "--config", config, "--out", tmp_path / "run", "--distributed.timeout_s", 300)
+    process = launch(2, "--config", config, "--out", tmp_path / "run", "--distributed.timeout_s", 301)
     until(lambda: checkpoints(tmp_path / "run") or process.poll() is not None, 90)
     found = subprocess.run(["ps", "-eo", "pid,ppid,args"], capture_output=True, text=True, check=True).stdout
     ranks = [int(line.split()[0]) for line in found.splitlines() if line.split()[1] == str(process.pid)]

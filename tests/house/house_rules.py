@@ -34,6 +34,13 @@ UNSAFE_CALLS = {
     "yaml.load",
     "yaml.load_all",
 }
+MAKES_GROUPS = {
+    "init_process_group",
+    "new_group",
+    "new_subgroups",
+    "new_subgroups_by_enumeration",
+    "split_group",
+}
 AMBIGUOUS_NAMES = {"D", "G", "netD", "netG"}
 
 
@@ -146,6 +153,18 @@ def unsafe_uses(tree: ast.Module) -> list[str]:
                 bad.append(f"line {node.lineno}: calls torch.load without weights_only=True")
             if any(k.arg in ("shell", "allow_pickle") and not _is_false(k.value) for k in node.keywords):
                 bad.append(f"line {node.lineno}: passes shell or allow_pickle")
+    return bad
+
+
+def groups_without_timeout(tree: ast.Module) -> list[str]:
+    """Process groups that would wait as long as torch pleases, whatever `distributed.timeout_s` says."""
+    bad: list[str] = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            name = _dotted(node.func).rpartition(".")[2]
+            without = name in MAKES_GROUPS and all(k.arg != "timeout" for k in node.keywords)
+            if without or name == "init_device_mesh":  # which takes none; DeviceMesh.from_group makes no groups
+                bad.append(f"line {node.lineno}: {name} without a timeout")
     return bad
 
 

@@ -126,6 +126,29 @@ def test_safety_rule_lets_pass(line: str) -> None:
     assert not rules.unsafe_uses(ast.parse(line))
 
 
+def test_every_process_group_has_a_timeout() -> None:
+    found = {str(path): rules.groups_without_timeout(rules.parse(path)) for path in rules.python_files(ROOT)}
+    assert not {path: bad for path, bad in found.items() if bad}
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "dist.new_group()",
+        "new_group(backend='gloo')",
+        "torch.distributed.init_process_group('gloo', rank=0, world_size=1)",
+        "dist.new_subgroups_by_enumeration([[0], [1]])",
+        "init_device_mesh('cpu', (2, 2))",
+    ],
+)
+def test_timeout_rule_catches(line: str) -> None:
+    assert rules.groups_without_timeout(ast.parse(line))
+
+
+def test_timeout_rule_lets_pass() -> None:
+    assert not rules.groups_without_timeout(ast.parse("dist.new_group(timeout=t); DeviceMesh.from_group(group, 'cpu')"))
+
+
 def test_no_ambiguous_names() -> None:
     found = {str(path): rules.ambiguous_names(rules.parse(path)) for path in rules.python_files(ROOT)}
     assert not {path: bad for path, bad in found.items() if bad}

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from sivae_dist.distributed.group import Group
+from sivae_dist.engine.agreement import check_patience
 from sivae_dist.engine.config import RunConfig, from_dict, read_yaml
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -74,6 +76,7 @@ def test_every_recipe_is_accounted_for() -> None:
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_network(recipe: str) -> None:
     config = load(recipe)
+    check_patience(Group(0, 2), config)
     with torch.device("meta"):
         model = config.model.build()
     config.objective.build(model.sample_shape)
