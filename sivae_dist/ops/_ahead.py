@@ -1,8 +1,8 @@
 """Kernels built ahead of time: `SIVAE_BUILD_KERNELS=1 pip install --no-build-isolation .` makes `sivae_dist._C`.
 
 It holds the CUDA kernels where nvcc and a torch with CUDA are there, else the CPU kernels for any processor of this
-kind. A record of what it was made from lies beside it; a library that does not fit the sources or the torch of this
-environment is left alone, and the kernels are built where they run instead.
+kind. A record of what it was made from lies beside it; a library that does not fit the sources, the torch or the
+visible devices of this environment is left alone, and the kernels are built where they run instead.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 
 from sivae_dist.errors import UserError
 from sivae_dist.ops._build import Built, build
-from sivae_dist.ops._toolchain import Device, UnavailableError, digest, recipe
+from sivae_dist.ops._toolchain import Device, UnavailableError, digest, recipe, why_unserved
 from sivae_dist.resources import kernels_dir
 
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -53,9 +53,9 @@ def find(device: Device) -> Built | None:
     try:
         record = json.loads((PACKAGE / RECORD).read_text())
         facts = {str(k): str(v) for k, v in record["facts"].items()}
-        key, why = str(record["key"]), _misfit(facts)
         if record["device"] != device:
             return None
+        key, why = str(record["key"]), _misfit(device, facts)
     except (OSError, ValueError, KeyError, AttributeError, UserError) as error:
         key, facts, why = "", {}, f"its record cannot be read ({error})"
     if why:
@@ -64,11 +64,11 @@ def find(device: Device) -> Built | None:
     return Built(path, key, facts)
 
 
-def _misfit(facts: dict[str, str]) -> str:
+def _misfit(device: Device, facts: dict[str, str]) -> str:
     """Why a library with these facts cannot serve here, or ""."""
     if facts["sources"] != digest(kernels_dir()):
         return "the sources have changed since it was built"
     for name, here in (("torch", torch.__version__), ("cuda", str(torch.version.cuda))):
         if facts[name] != here:
             return f"it was built for {name} {facts[name]}, this is {here}"
-    return ""
+    return why_unserved(facts["flags"]) if device == "cuda" else ""

@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -24,7 +25,8 @@ from sivae_dist.resources import kernels_dir
 
 Device = Literal["cpu", "cuda", "emulated"]
 SOURCES: dict[Device, str] = {"cpu": "*/*_cpu.cpp", "cuda": "*/*.cu", "emulated": "*/*.cu"}
-ARCHITECTURES = "80;90+PTX"  # when no device says otherwise
+ARCHITECTURES = "80;90+PTX"  # built ahead of time, and where no device says otherwise
+_CODE = re.compile(r"code=(?P<kind>sm|compute)_(?P<major>\d+)(?P<minor>\d)(?P<only>[af]?)")
 _LAUNCHERS = {"ccache", "sccache", "distcc", "icecc"}  # what stands before a compiler and is none
 _OLDEST, _NEWEST = (2, 11), (2, 13)  # versions of torch's stable interface that the sources are written for
 
@@ -118,7 +120,7 @@ def recipe(device: Device, *, ahead: bool = False) -> Recipe:
         host = host_words(cxx)
         strict = ["-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall,-Wextra,-Werror", "-Werror", "all-warnings"]
         strict += ["-Xptxas", "-v", "--expt-relaxed-constexpr", "-lineinfo"]
-        flags = [*common, *host, *strict, *_gencode()]
+        flags = [*common, *host, *strict, *_gencode(ahead=ahead)]
         link = [*host, *link, "-cudart", "shared", "-Xlinker", f"-rpath,{toolkit / 'lib64'}"]
         if torch.version.cuda is not None:
             link += ["-ltorch_cuda"]
@@ -220,14 +222,63 @@ def _target() -> str:
     return f"0x{major:02x}{minor:02x}000000000000"
 
 
-def _gencode() -> list[str]:
-    """nvcc's words for the architectures: SIVAE_CUDA_ARCHS ("80;90+PTX"), else those of the devices here."""
-    listed = os.environ.get("SIVAE_CUDA_ARCHS", "")
-    if not listed and torch.cuda.is_available():
-        capabilities = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
-        listed = ";".join(f"{major}{minor}" for major, minor in sorted(capabilities))
+def unserved(flags: str) -> list[tuple[int, int]]:
+    """Compute capabilities of visible devices on which code built with these flags (nvcc's -gencode) does not run."""
+    codes = list(_CODE.finditer(flags))
+    return [here for here in _capabilities() if not any(_runs(code, here) for code in codes)]
+
+
+def why_unserved(flags: str) -> str:
+    """The same in words; "" where it runs on all of them."""
+    if not (left_out := unserved(flags)):
+        return ""
+    names = ", ".join(code[0].removeprefix("code=") for code in _CODE.finditer(flags)) or "no device"
+    numbers = ", ".join(f"{major}.{minor}" for major, minor in left_out)
+    return f"its code is for {names}, and does not run on the device here of compute capability {numbers}"
+
+
+def _runs(code: re.Match[str], capability: tuple[int, int]) -> bool:
+    """Machine code runs on its generation from its minor version on, PTX on all that is newer.
+
+    Suffix a: on that very architecture. Suffix f: on its generation, PTX too. Source: CUDA's programming guide, on
+    compatibility.
+    """
+    built = int(code["major"]), int(code["minor"])
+    if code["only"] == "a":
+        return built == capability
+    if code["kind"] == "compute" and not code["only"]:
+        return built <= capability
+    return built[0] == capability[0] and built[1] <= capability[1]
+
+
+def _capabilities() -> list[tuple[int, int]]:
+    """Compute capabilities of the visible devices."""
+    if not torch.cuda.is_available():
+        return []
+    return sorted({torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())})
+
+
+def _gencode(*, ahead: bool) -> list[str]:
+    """nvcc's words for the architectures: SIVAE_CUDA_ARCHS ("80;90+PTX"), else those of the devices here.
+
+    ahead: for other machines, too, so the usual ones, and those of devices here that these do not serve. Raises
+    UnavailableError when SIVAE_CUDA_ARCHS cannot be read, or (not ahead) leaves out a device here.
+    """
+    if given := os.environ.get("SIVAE_CUDA_ARCHS"):
+        words = _gencode_words(given)
+        if not ahead and (why := why_unserved(" ".join(words))):
+            fix = "name that device's architecture there, too (90 for 9.0), or unset it to build for the devices here"
+            raise UnavailableError(f"SIVAE_CUDA_ARCHS is {given!r}: {why}", fix)
+        return words
+    wanted = unserved(" ".join(_gencode_words(ARCHITECTURES))) if ahead else _capabilities()
+    listed = [f"{major}{minor}" for major, minor in wanted]
+    return _gencode_words(";".join([*listed, ARCHITECTURES] if ahead or not listed else listed))
+
+
+def _gencode_words(listed: str) -> list[str]:
+    """An architecture list like 80;90+PTX in nvcc's words."""
     words = []
-    for item in (listed or ARCHITECTURES).replace(".", "").replace(",", ";").split(";"):
+    for item in listed.replace(".", "").replace(",", ";").split(";"):
         number = item.strip().upper().removesuffix("+PTX")
         if not number.rstrip("AF").isdecimal():
             raise UnavailableError(f"SIVAE_CUDA_ARCHS is {listed!r}", "write it like 80;90+PTX")

@@ -47,3 +47,10 @@ def close(found: Tensor, wanted: Tensor, size: float | None = None) -> None:
     """Equal to float64 within the type's tolerance, in units of the largest number (or `size`)."""
     tolerance = TOLERANCE[found.dtype] * (size or max(1.0, wanted.abs().max().item() if wanted.numel() else 1.0))
     torch.testing.assert_close(found.double().cpu(), wanted.double().cpu(), rtol=0.0, atol=tolerance)
+
+
+def devices(monkeypatch: pytest.MonkeyPatch, capabilities: list[tuple[int, int]]) -> None:
+    """Makes torch say that CUDA devices of these compute capabilities are visible."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(capabilities))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capabilities[index])

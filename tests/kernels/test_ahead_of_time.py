@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from lanes import devices
 
 from sivae_dist.ops import _ahead, kernels
-from sivae_dist.ops._toolchain import digest
+from sivae_dist.ops._toolchain import _gencode_words, digest
 from sivae_dist.resources import kernels_dir
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -74,6 +75,41 @@ def test_a_library_that_does_not_fit_is_left_alone(
     (tmp_path / _ahead.RECORD).write_text("{" if change is None else json.dumps(record))
     assert (_ahead.find("cpu") is not None) == fits
     assert _ahead.find("cuda") is None
+
+
+@pytest.mark.parametrize(
+    ("codes", "here", "fits"),
+    [
+        ("80;90+PTX", [], True),  # nothing to run on
+        ("80;90+PTX", [(8, 0), (8, 9), (9, 0), (12, 0)], True),
+        ("80;90+PTX", [(9, 0), (7, 5)], False),
+        ("86", [(8, 0)], False),
+        ("80", [(9, 0)], False),
+        ("75+PTX", [(9, 0), (7, 0)], False),
+        ("90a+PTX", [(9, 0)], True),
+        ("90a+PTX", [(10, 0)], False),
+        ("100f+PTX", [(10, 3)], True),
+        ("100f+PTX", [(12, 0)], False),
+    ],
+)
+def test_a_library_without_code_for_a_device_is_left_alone(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    codes: str,
+    here: list[tuple[int, int]],
+    fits: bool,
+) -> None:
+    """Its first launch would fail with "no kernel image is available"."""
+    devices(monkeypatch, here)
+    monkeypatch.setattr(_ahead, "PACKAGE", tmp_path)
+    (tmp_path / _ahead.NAME).write_bytes(b"library")
+    facts = {"sources": digest(kernels_dir()), "torch": torch.__version__, "cuda": str(torch.version.cuda)}
+    facts["flags"] = "-O3 " + " ".join(_gencode_words(codes))
+    (tmp_path / _ahead.RECORD).write_text(json.dumps({"device": "cuda", "key": "k", "facts": facts}))
+    with caplog.at_level("INFO"):
+        assert (_ahead.find("cuda") is not None) == fits
+    assert ("does not run on the device here" in caplog.text) != fits
 
 
 def test_what_the_library_was_built_from_counts_not_what_it_is_called() -> None:

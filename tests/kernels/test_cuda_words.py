@@ -1,4 +1,4 @@
-"""The command lines for nvcc, with an nvcc that only says its version: host compiler."""
+"""The command lines for nvcc, with an nvcc that only says its version: host compiler, architectures."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from lanes import devices
 
 from sivae_dist.ops import _build, _toolchain
 from sivae_dist.ops._toolchain import UnavailableError
@@ -69,3 +70,31 @@ def test_a_launcher_alone_is_no_compiler(monkeypatch: pytest.MonkeyPatch, cxx: s
     with pytest.raises(UnavailableError, match=told) as caught:
         _toolchain.recipe("cuda")
     assert "CXX" in caught.value.fix
+
+
+@pytest.mark.parametrize(
+    ("here", "now", "ahead"),
+    [
+        ([], ["sm_80", "sm_90", "compute_90"], ["sm_80", "sm_90", "compute_90"]),
+        ([(9, 0), (8, 6)], ["sm_86", "sm_90"], ["sm_80", "sm_90", "compute_90"]),
+        ([(7, 5), (12, 0)], ["sm_75", "sm_120"], ["sm_75", "sm_80", "sm_90", "compute_90"]),
+    ],
+)
+def test_architectures_are_those_here_and_ahead_the_usual_ones_too(
+    monkeypatch: pytest.MonkeyPatch, here: list[tuple[int, int]], now: list[str], ahead: list[str]
+) -> None:
+    monkeypatch.delenv("SIVAE_CUDA_ARCHS")
+    devices(monkeypatch, here)
+    for early, wanted in ((False, now), (True, ahead)):
+        codes = after(list(_toolchain.recipe("cuda", ahead=early).flags), "-gencode")
+        assert [code.partition("code=")[2] for code in codes] == wanted
+
+
+def test_named_architectures_that_leave_out_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    devices(monkeypatch, [(8, 6), (9, 0)])
+    with pytest.raises(UnavailableError, match=r"SIVAE_CUDA_ARCHS is '80'.*sm_80.*compute capability 9.0$") as caught:
+        _toolchain.recipe("cuda")
+    assert "unset it" in caught.value.fix
+    assert "code=sm_80" in " ".join(_toolchain.recipe("cuda", ahead=True).flags)  # for other machines
+    monkeypatch.setenv("SIVAE_CUDA_ARCHS", "8.0+PTX")
+    assert "code=compute_80" in " ".join(_toolchain.recipe("cuda").flags)
