@@ -22,7 +22,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from sivae_dist.ops._cache import LIBRARY, RECORD, locked, remove_old
+from sivae_dist.ops import _cache
+from sivae_dist.ops._cache import LIBRARY, RECORD, locked
 from sivae_dist.ops._toolchain import Device, Recipe, UnavailableError, recipe
 
 REPORT = "report.txt"  # what the compilers said; for CUDA with registers and spills of every kernel
@@ -82,21 +83,21 @@ def ensure(device: Device) -> Built:
                 (root / f"{name}.failed").write_text(json.dumps({"why": error.why, "fix": error.fix}))
             raise
     with contextlib.suppress(OSError):  # another user's files, for instance
-        remove_old(root, keep=name)
+        _cache.remove_old(root, keep=name)
     return built
 
 
 def build(made: Recipe, folder: Path) -> Built:
     """Compiles and links aside, then renames to `folder`. The caller holds the lock.
 
+    A whole build that another host, whose lock may not be seen here, has put there in the meantime is used instead.
     Raises UnavailableError with the compiler's first error.
     """
-    for left in folder.parent.glob(f".{folder.name}.*"):  # of builders that were killed
-        shutil.rmtree(left, ignore_errors=True)
+    _cache.remove_abandoned(folder)
     # A warning only so that it is seen: a minute or two of silence look like a hang.
     log.warning("building the %s kernels, once for this machine, in %s", made.device, folder)
     began = time.monotonic()
-    aside = folder.parent / f".{folder.name}.{os.getpid()}"
+    aside = _cache.aside(folder)
     try:
         aside.mkdir()
         (aside / "build.ninja").write_text(ninja_file(made))
@@ -108,8 +109,8 @@ def build(made: Recipe, folder: Path) -> Built:
         seconds = round(time.monotonic() - began, 1)
         record = {"sha256": _sha256(aside / LIBRARY), "seconds": seconds, **made.facts}
         (aside / RECORD).write_text(json.dumps(record, indent=1) + "\n")
-        shutil.rmtree(folder, ignore_errors=True)  # damaged, or this build would not be
-        aside.rename(folder)
+        _cache.mark(aside)
+        _put(aside, folder, made)
     except OSError as error:
         raise UnavailableError(
             f"the kernels could not be built in {folder.parent}: {error}",
@@ -119,6 +120,15 @@ def build(made: Recipe, folder: Path) -> Built:
         shutil.rmtree(aside, ignore_errors=True)
     log.info("built the %s kernels in %.1f s", made.device, seconds)
     return Built(folder / LIBRARY, made.key, made.facts)
+
+
+def _put(aside: Path, folder: Path, made: Recipe) -> None:
+    try:
+        aside.rename(folder)
+    except OSError:  # there is one: another host's, or a damaged one
+        if _whole(folder, made) is None:
+            shutil.rmtree(folder, ignore_errors=True)
+            aside.rename(folder)
 
 
 def ninja_file(made: Recipe) -> str:
