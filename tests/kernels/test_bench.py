@@ -92,6 +92,70 @@ def test_the_limit_is_what_takes_longer() -> None:
     assert core.Result(case, {"kernel": 2.0}).row(core.Ceiling(copy=100.0, matrix=500.0))["limit"] == "arithmetic"
 
 
+class Device:
+    """A CUDA device and the clock of its host, in seconds, as far as timing asks for them."""
+
+    now = free = 0.0
+
+    def launch(self, host: float, device: float) -> None:
+        self.now += host
+        self.free = max(self.free, self.now) + device
+
+    def wait(self) -> None:
+        self.now = max(self.now, self.free)
+
+    def event(self, enable_timing: bool) -> Event:
+        return Event(self)
+
+
+class Event:
+    def __init__(self, device: Device) -> None:
+        self.device, self.at = device, 0.0
+
+    def record(self) -> None:
+        self.at = max(self.device.free, self.device.now)
+
+    def query(self) -> bool:
+        return self.at <= self.device.now
+
+    def synchronize(self) -> None:
+        self.device.now = max(self.device.now, self.at)
+
+    def elapsed_time(self, last: Event) -> float:
+        return (last.at - self.at) * 1e3
+
+
+@pytest.fixture
+def pretended(monkeypatch: pytest.MonkeyPatch) -> Device:
+    made = Device()
+    monkeypatch.setattr(torch.cuda, "Event", made.event)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: made.launch(0.0, cycles / 2e9), raising=False)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: made.wait())
+    return made
+
+
+@pytest.mark.parametrize("host", [5e-6, 2e-3], ids=["quick host", "slow host"])
+def test_a_device_is_timed_without_its_host(pretended: Device, host: float) -> None:
+    """Twelve launches of 1 us each, though the host takes up to 2000 times as long for every one."""
+
+    def call() -> None:
+        for _ in range(12):
+            pretended.launch(host, 1e-6)
+
+    case = core.Case("op", "case", tuple, {"kernel": call}, 1, 1)
+    assert core.measure(case, torch.device("cuda"), 0.001).seconds["kernel"] == pytest.approx(12e-6)
+
+
+def test_what_waits_for_the_device_itself_is_timed_with_its_host(pretended: Device) -> None:
+    def call() -> None:
+        pretended.launch(1e-3, 1e-6)
+        pretended.wait()
+        pretended.launch(1e-3, 1e-6)
+
+    case = core.Case("op", "case", tuple, {"kernel": call}, 1, 1)
+    assert 1e-3 < core.measure(case, torch.device("cuda"), 0.001).seconds["kernel"] < 3e-3
+
+
 @pytest.mark.gpu
 def test_command_on_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
     main(["bench", "kernels", "--device", "cuda", "--precision", "bf16", "--seconds", "0.1", "--only", "256", "--json"])

@@ -19,6 +19,7 @@ from torch import Tensor
 Inputs = tuple[Any, ...]
 _BEYOND_CACHES = 256 << 20  # bytes of all inputs together; caches hold 30 to 130 MiB
 _MOST_SETS = 128
+_SHORTEST, _LONGEST = 1 << 18, 1 << 26  # cycles that a device is made to wait: some 0.1 and 30 ms
 
 
 @dataclass(frozen=True)
@@ -88,13 +89,14 @@ def measure(case: Case, device: torch.device, seconds: float) -> Result:
                 raise
             del calls[name]
             failures[name] = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+    ahead = {name: _head_start(call, sets, device) for name, call in calls.items()}
     times: dict[str, list[float]] = {name: [] for name in calls}
     position = 0
     deadline = time.monotonic() + seconds * max(len(calls), 1)
     while calls and (time.monotonic() < deadline or len(next(iter(times.values()))) < 3):
         for name, call in calls.items():
             position += 1
-            times[name].append(_timed(call, sets[position % len(sets)], device))
+            times[name].append(_timed(call, sets[position % len(sets)], device, ahead[name]))
     return Result(case, {name: statistics.median(values) for name, values in times.items()}, failures)
 
 
@@ -112,24 +114,46 @@ def ceiling(device: torch.device, dtype: torch.dtype) -> Ceiling:
 def _repeated(call: Callable[[], object], device: torch.device) -> Iterator[float]:
     for _ in range(3):
         call()
+    ahead = _head_start(call, [()], device)
     for _ in range(10):
-        yield _timed(call, (), device)
+        yield _timed(call, (), device, ahead)
 
 
-def _timed(call: Callable[..., object], inputs: Inputs, device: torch.device) -> float:
-    """Seconds of one call. On CUDA between two events, with the host far enough ahead not to count."""
-    if device.type != "cuda":
-        began = time.perf_counter()
-        call(*inputs)
-        return time.perf_counter() - began
+def _head_start(call: Callable[..., object], sets: list[Inputs], device: torch.device) -> int:
+    """How many cycles a CUDA device must wait so that the host has launched a whole call before the device begins.
+
+    Else a call of small kernels would show the host's time. Doubled until three calls in a row were launched in time,
+    then twice that, as a host is slower now and then. A call that waits for the device itself never is; it gets the
+    shortest wait.
+    """
+    cycles = _SHORTEST
+    while device.type == "cuda" and cycles <= _LONGEST:
+        if all([_between_events(call, inputs, cycles)[1] for inputs in (sets * 3)[:3]]):
+            return 2 * cycles
+        cycles *= 2
+    return _SHORTEST
+
+
+def _timed(call: Callable[..., object], inputs: Inputs, device: torch.device, ahead: int) -> float:
+    """Seconds of one call. On CUDA between two events, with the host `ahead` cycles ahead, not to count."""
+    if device.type == "cuda":
+        return _between_events(call, inputs, ahead)[0]
+    began = time.perf_counter()
+    call(*inputs)
+    return time.perf_counter() - began
+
+
+def _between_events(call: Callable[..., object], inputs: Inputs, cycles: int) -> tuple[float, bool]:
+    """(seconds on the device, which first waits; whether all was launched before it had waited so long)."""
     cuda: Any = torch.cuda
     first, last = cuda.Event(enable_timing=True), cuda.Event(enable_timing=True)
-    cuda._sleep(200_000)  # the device waits some 0.1 ms while the host launches
+    cuda._sleep(cycles)
     first.record()
     call(*inputs)
     last.record()
+    in_time = not first.query()  # the device has not even come to the first event
     last.synchronize()
-    return float(first.elapsed_time(last)) / 1e3
+    return float(first.elapsed_time(last)) / 1e3, in_time
 
 
 def _wait(device: torch.device) -> None:
