@@ -239,7 +239,8 @@ class ShardStream:
         )
         turbo, tolerance = self.decoder == "simplejpeg", Tolerance(config.on_error, seed, salt)
         self._augmentation, access, reduce = augmentation, config.access(), config.reduce
-        self._train = Settings(config.url, access, m, shards, False, turbo, tolerance, reduce)
+        at_once = self.plan.shards_at_once(ranks)
+        self._train = Settings(config.url, access, m, shards, False, turbo, tolerance, reduce, at_once=at_once)
         self.held_out_split = config.held_out_split if m.of(config.held_out_split) else config.split
         held_out = m.of(self.held_out_split)
         self._held_out = Settings(config.url, access, m, held_out, True, turbo, tolerance, reduce)

@@ -103,6 +103,7 @@ class Settings:
     tolerance: Tolerance = field(default_factory=Tolerance)
     reduce: int = 1
     unopened: bool = False  # deliver the bytes
+    at_once: int = 0  # shards that are read by turns
 
     def shape(self, count: int) -> tuple[int, int, int, int]:
         """(B, H, W, C) of decoded pictures."""
@@ -287,7 +288,7 @@ class Pictures:
     def _opened(self) -> ShardReader:
         if self._reader is None:
             s = self.settings
-            self._reader = ShardReader(open_store(s.url, s.access), s.manifest, s.shards)
+            self._reader = ShardReader(open_store(s.url, s.access), s.manifest, s.shards, s.at_once)
             if self.watch is not None and self.worker is not None:
                 self._reader.on_read = self.watch.teller(self.worker)
         return self._reader

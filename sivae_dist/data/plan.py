@@ -11,6 +11,7 @@ epoch go by turns: which lane it begins with does not change what is served when
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -94,6 +95,17 @@ class Plan:
         """
         owner: Int64 = np.arange(start, start + size, dtype=np.int64) % self.lanes % ranks
         return owner
+
+    def shards_at_once(self, ranks: int) -> int:
+        """Shards that a rank's lanes read by turns: who keeps so many indices reads each once while a lane is in it.
+
+        Between two uses of a shard within a lane's window, every other lane is in two windows at most. Where shards are
+        equally large, so many samples lie in 1 + ceil(2 * window / samples of a shard) shards at most; on average they
+        lie in fewer, but lanes may come to the ends of their shards all together.
+        """
+        filled = int(np.count_nonzero(self.counts))
+        lanes = -(-self.lanes // ranks)
+        return min(filled, lanes * (1 + math.ceil(2 * self.window * filled / self.epoch_size)))
 
     def locate(self, positions: Int64) -> tuple[Int64, Int64]:
         """Stream positions (B,), in any order, of any epochs -> shard (B,) and index in that shard (B,)."""

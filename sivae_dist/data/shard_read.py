@@ -6,9 +6,11 @@ import contextlib
 import hashlib
 import json
 import struct
+from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -34,7 +36,9 @@ from sivae_dist.data.watch import INDEX
 from sivae_dist.errors import UserError
 
 _ROW = struct.Struct("<QIIq")  # MAX_MEMBER_BYTES and a CRC-32 have 32 bits
-_INDICES_KEPT = 256  # about 100 kB each at 1,024 samples a shard
+# Indices that are kept at least, of some 55 kB each at 1,024 samples a shard. Who serves many lanes says how many it
+# needs (`Plan.shards_at_once`): two for each lane with windows of 256, so 120 MB in each worker of a rank with 1,024.
+_INDICES_KEPT = 256
 _REMEDY = "copy the shard again, or pack the data set again; `sivae-dist data verify` lists all damage"
 
 
@@ -49,10 +53,23 @@ class Sample:
 
 @dataclass(frozen=True)
 class Index:
-    """Where the images of one shard lie. packed: a row a sample, small and quickly read."""
+    """Where the images of one shard lie; small, as many are held.
 
-    keys: list[str]
+    names: all keys, one after another; ends: where each of them ends; packed: a row a sample, quickly read.
+    """
+
+    names: str
+    ends: array[int]
     packed: bytes
+
+    @property
+    def keys(self) -> list[str]:
+        """The keys of all samples."""
+        return [self.key(number) for number in range(len(self.ends))]
+
+    def key(self, number: int) -> str:
+        """The key of a sample."""
+        return self.names[self.ends[number - 1] if number else 0 : self.ends[number]]
 
     def row(self, number: int) -> tuple[int, int, int, int]:
         """Offset, size, CRC-32 and label of a sample; label -1 for none."""
@@ -115,7 +132,8 @@ def load_index(store: Store, shard: ShardInfo, classes: int) -> Index:
             raise DataError("index", f"{where}: sample {row!r:.120}: {problem}", _REMEDY)
         end = row[1] + row[2]
     numbers = [(offset, size, crc32, -1 if label is None else label) for _, offset, size, crc32, label in rows]
-    return Index([row[0] for row in rows], b"".join(_ROW.pack(*row) for row in numbers))
+    ends = array("I", accumulate(len(row[0]) for row in rows))  # a file of MAX_INDEX_BYTES needs no more bits
+    return Index("".join(row[0] for row in rows), ends, b"".join(_ROW.pack(*row) for row in numbers))
 
 
 def _row_problem(row: Any, end: int, tar_bytes: int, classes: int) -> str:
@@ -135,10 +153,13 @@ def _row_problem(row: Any, end: int, tar_bytes: int, classes: int) -> str:
 
 
 class ShardReader:
-    """Random access to the samples of some shards of one folder. One per process; not thread-safe."""
+    """Random access to the samples of some shards of one folder. One per process; not thread-safe.
 
-    def __init__(self, store: Store, manifest: Manifest, shards: tuple[ShardInfo, ...]) -> None:
-        self.store, self.manifest, self.shards = store, manifest, shards
+    at_once: shards that are read by turns, the indices of which are kept.
+    """
+
+    def __init__(self, store: Store, manifest: Manifest, shards: tuple[ShardInfo, ...], at_once: int = 0) -> None:
+        self.store, self.manifest, self.shards, self.kept = store, manifest, shards, max(_INDICES_KEPT, at_once)
         self._tars = [f"{shard.name}.tar" for shard in shards]
         store.expect(expected_files(manifest))
         self._indices: OrderedDict[int, Index] = OrderedDict()
@@ -169,7 +190,7 @@ class ShardReader:
         finally:
             self.on_read(-1, 0, 0)
         self._indices[shard] = index
-        while len(self._indices) > _INDICES_KEPT:
+        while len(self._indices) > self.kept:
             self._indices.popitem(last=False)
         return index
 
@@ -194,7 +215,7 @@ class ShardReader:
     def known_key(self, shard: int, number: int) -> str:
         """The key of a sample, "" when the index of its shard is not at hand."""
         index = self._indices.get(shard)
-        return "" if index is None else index.keys[number]
+        return "" if index is None else index.key(number)
 
     def _load_index(self, shard: int) -> Index:
         info = self.shards[shard]
@@ -227,8 +248,8 @@ class ShardReader:
             reason, what = (
                 ("truncated", "is cut off") if len(data) != size else ("crc", "is damaged: its checksum differs")
             )
-            raise DataError(reason, f"{self.store.url}/{name}: sample {index.keys[number]!r} {what}", _REMEDY, data)
-        return index.keys[number], data, None if label < 0 else label
+            raise DataError(reason, f"{self.store.url}/{name}: sample {index.key(number)!r} {what}", _REMEDY, data)
+        return index.key(number), data, None if label < 0 else label
 
     def several(self, shards: Sequence[int], numbers: Sequence[int], enough: int) -> list[tuple[bytes, int] | None]:
         """Checked image bytes and labels (-1: none) of the first samples of these, until `enough` bytes are read.

@@ -23,7 +23,6 @@ from sivae_dist.data.shard_read import ShardReader
 from sivae_dist.data.shard_write import BLOCK, INDEX_FORMAT, INDEX_VERSION
 from sivae_dist.data.stores.base import NoMemory
 
-_INDICES = 300  # more than a worker keeps
 _CHUNK = 1 << 20  # positions located at once
 # Lanes and windows that are compared.
 CHOICES = (
@@ -123,7 +122,7 @@ def costs(size: Size, *, epochs: float = 2.0) -> dict[str, float]:
         shards = manifest.of("train")
         counts = [s.count for s in shards]
         plan = Plan(counts, lanes=size.lanes, window=size.window, seed=1)
-        reader = ShardReader(store, manifest, shards)
+        reader = ShardReader(store, manifest, shards, plan.shards_at_once(size.ranks))
         for shard in np.unique(plan.locate(plan.owned(position, size.batch, 0, size.ranks))[0]).tolist():
             reader.index(shard)
         return manifest, plan, reader
@@ -137,11 +136,11 @@ def costs(size: Size, *, epochs: float = 2.0) -> dict[str, float]:
         manifest, found["manifest_mb"] = _held(lambda: Manifest.from_bytes(store.manifest, store.url))
         plan, found["plan_mb"] = _held(lambda: Plan(size.counts(), lanes=size.lanes, window=size.window, seed=1))
         shards = manifest.of("train")
-        reader, _ = _held(lambda: ShardReader(store, manifest, shards))
+        reader, _ = _held(lambda: ShardReader(store, manifest, shards, plan.shards_at_once(size.ranks)))
         parts = _batches(plan, size, int(epochs * size.samples))
         _, found["plan_tables_and_windows_mb"] = _held(lambda: [len(plan.locate(p)[0]) for p in parts()])
         touched = np.unique(np.concatenate([plan.locate(p)[0] for p in parts()])).tolist()
-        _, found["indices_mb"] = _held(lambda: [reader.index(shard) for shard in touched[:_INDICES]][-1])
+        _, found["indices_mb"] = _held(lambda: [len(reader.index(s).packed) for s in touched[: reader.kept + 1]])
         found["rank_mb"] = found["manifest_mb"] + found["plan_mb"] + found["plan_tables_and_windows_mb"]
         found["worker_mb"] = found["manifest_mb"] + found["indices_mb"]
         found["peak_mb"] = tracemalloc.get_traced_memory()[1] / 1e6
