@@ -41,11 +41,12 @@ DEFAULTS: dict[Format, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Imported:
-    """What was imported, and where to."""
+    """What was imported, and where to. assumed: whether the images seen were chosen here, for a recipe that grows."""
 
     found: Published
     config: RunConfig
     checkpoint: Path
+    assumed: bool = False
 
 
 def import_published(
@@ -55,15 +56,16 @@ def import_published(
     format: Format | None = None,
     recipe: Path | None = None,
     data_url: str = "",
-    kimg: float = 0.0,
+    kimg: float | None = None,
 ) -> Imported:
     """Reads a published file and writes a run folder with one checkpoint.
 
     format: None tells it from the content. recipe: a YAML whose sections besides `model` the run gets; its model must
     be the file's. data_url: shards to evaluate or train on. kimg: thousand images the network has seen, which files do
-    not tell. Raises UserError for what cannot be imported, and for a folder that holds a run already.
+    not tell; None: none, or where the recipe grows the network, as many as it takes to be at full size. Raises
+    UserError for what cannot be imported, and for a folder that holds a run already.
     """
-    if not 0 <= kimg < 1e12:
+    if kimg is not None and not 0 <= kimg < 1e12:
         raise UserError(f"--kimg is {kimg}, expected a number of thousand images", "leave it out when it is not known")
     folder = RunFolder(out)
     if folder.config.exists() or checkpoint.complete(folder.checkpoints):
@@ -71,6 +73,7 @@ def import_published(
     found = published.read(path, format)
     config = _config(found, recipe, data_url)
     model = config.model.build()
+    nimg = _images_seen(config, model.levels, kimg)
     checkpoint.load_weights(model, found.weights, str(path))
     average = copy.deepcopy(model)
     if found.average is not None:
@@ -99,12 +102,29 @@ def import_published(
         write_atomic(folder.config, to_yaml(config))
         write_json(folder.manifest, {**environment(), "imported": facts})
         write_json(folder.root / "imported.json", facts)
-        written = checkpoint.write(
-            folder.checkpoints, checkpoint.snapshot(round(kimg * 1000), model, average, {}, state)
-        )
+        written = checkpoint.write(folder.checkpoints, checkpoint.snapshot(nimg, model, average, {}, state))
     except OSError as error:
         raise UserError(f"cannot write {out}: {error}", "make room, or choose another --out") from error
-    return Imported(found, config, written)
+    return Imported(found, config, written, assumed=kimg is None and config.progressive.enabled)
+
+
+def _images_seen(config: RunConfig, levels: int, kimg: float | None) -> int:
+    """Where the run stands. Raises UserError for a `kimg` at which the recipe would still use a coarser network.
+
+    The weights of published files are those of all levels, so what a network that grows shows follows from this alone.
+    """
+    told = 0 if kimg is None else round(kimg * 1000)
+    if not config.progressive.enabled:
+        return told
+    needed = config.progressive.grown(levels)
+    if kimg is None:
+        return needed
+    if told < needed:
+        raise UserError(
+            f"--kimg is {kimg:g}, but the recipe grows the network, which is at full size from {needed / 1000} kimg on",
+            f"give --kimg {needed / 1000} or more, leave it out, or set progressive.enabled to False in the recipe",
+        )
+    return told
 
 
 def _config(found: Published, recipe: Path | None, data_url: str) -> RunConfig:
@@ -145,6 +165,9 @@ def describe(done: Imported) -> list[str]:
         lines.append(f"WARNING  {found.nonfinite} values are NaN or infinite")
     if found.epoch is not None:
         lines.append(f"epoch    {found.epoch}, as the file says; images seen: {done.checkpoint.name}")
+    if done.assumed:
+        seen = checkpoint.nimg_of(done.checkpoint) / 1000
+        lines.append(f"images   {seen} kimg are taken as seen: from there on the recipe has the network at full size")
     lines.append(f"written  {done.checkpoint}")
     return lines
 

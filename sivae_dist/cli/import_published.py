@@ -26,7 +26,7 @@ def import_checkpoint(
     format: Choice = "auto",
     config: Path | None = None,
     data: str = "",
-    kimg: float = 0.0,
+    kimg: float | None = None,
 ) -> None:
     """Turn a published checkpoint (.pth) into a run folder. Nothing in the file is executed.
 
@@ -36,7 +36,8 @@ def import_checkpoint(
         format: Which public implementation wrote it; auto tells it from the content.
         config: A recipe whose settings besides the model the run gets, for example configs/celebahq256_residual.yaml.
         data: Shard folder to evaluate or train on; by default that of --config.
-        kimg: Thousand images the network has seen, if known; files do not tell.
+        kimg: Thousand images the network has seen, if known; files do not tell. Without it 0, or with a --config that
+            grows the network as many as bring it to full size.
     """
     from sivae_dist.apps.import_published import describe, import_published  # noqa: PLC0415 (keeps --help quick)
 

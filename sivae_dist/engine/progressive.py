@@ -89,6 +89,14 @@ class GrowthConfig:
         behind = self.level(max(0, nimg - _images(self.beta_neg_lag_kimg)), levels)
         return Stage(level, blend, _held(self.batch, level), _held(self.lr, level), _held(self.beta_neg, behind))
 
+    def grown(self, levels: int) -> int:
+        """The fewest images after which a model is wholly at its finest level: what the last one of them was seen at.
+
+        A checkpoint is used at the stage of the iteration before it, `at(nimg - 1)`.
+        """
+        last = levels - 1
+        return last * _images(self.level_kimg) + (_images(self.fade_kimg) if last else 0) + 1
+
 
 def resized(x: Tensor, size: int) -> Tensor:
     """Images (B, C, H, W) area-averaged to `size` pixels a side, a whole fraction of H; unchanged at that size."""

@@ -205,6 +205,31 @@ def test_style_without_averages_or_with_half_of_them(tmp_path: Path) -> None:
         read(save(content, tmp_path / "odd.pth"))
 
 
+def test_a_recipe_that_grows_keeps_the_full_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Files do not tell the images seen: at 0 the recipe would have a network of 4 px."""
+    code = "torch.save(style_content(state_dict('style_1')), sys.argv[1])"
+    path, run, recipe = in_another_process(code, tmp_path / "ffhq.pth"), tmp_path / "run", tmp_path / "recipe.yaml"
+    recipe.write_text("progressive: {enabled: true, level_kimg: 0.96, fade_kimg: 0.48}\n")
+    arguments = (path, "--config", recipe, "--out")
+    said = run_import(*arguments, run, capsys=capsys)
+    assert "3.361 kimg are taken as seen" in said and "nimg-000003361" in said
+    arrays, trained = fixture("style_1"), sivae_dist.load(run)
+    q = trained.encode(torch.from_numpy(arrays["in/x_final"]).float())
+    assert close(q.mu, arrays["out/final/mu"]) and close(q.logvar, arrays["out/final/logvar"])
+    assert trained.decode(q.mu).shape == (3, 3, 32, 32)
+    for nimg in (3360, 3361):  # the iteration before the checkpoint, and the first one after it
+        stage = trained.config.progressive.at(nimg, trained.model.levels)
+        assert (stage.level, stage.blend) == (3, 1.0)
+    assert trained.config.progressive.at(3359, trained.model.levels).blend < 1
+
+    assert "taken as seen" not in run_import(*arguments, tmp_path / "later", "--kimg", 4, capsys=capsys)
+    assert sivae_dist.load(tmp_path / "later").sample(1).shape == (1, 3, 32, 32)
+    with pytest.raises(SystemExit):
+        main(["import", *map(str, arguments), str(tmp_path / "early"), "--kimg", "3.36"])
+    told = capsys.readouterr().err
+    assert "--kimg is 3.36" in told and "at full size from 3.361 kimg on" in told and not (tmp_path / "early").exists()
+
+
 # ---- the run folder ------------------------------------------------------------------------------------------------
 
 
