@@ -20,6 +20,7 @@ from typing import IO, Literal, get_args
 from tqdm import tqdm
 
 from sivae_dist.engine.config import RunConfig, from_dict, read_yaml, to_yaml
+from sivae_dist.engine.guard import GIVEN_UP
 from sivae_dist.engine.run_folder import RunFolder, write_atomic
 from sivae_dist.errors import UserError
 from sivae_dist.resources import configs_dir
@@ -176,14 +177,16 @@ def _check_same(job: Job) -> None:
         )
 
 
-def train(jobs: Sequence[Job], out: Path, *, at_once: int, progress: bool = True) -> None:
-    """Trains what is not finished, `at_once` processes at a time, one thread each.
+def train(jobs: Sequence[Job], out: Path, *, at_once: int, progress: bool = True) -> list[Job]:
+    """Trains what is not finished, `at_once` processes at a time, one thread each. Returns those that were given up.
 
-    When it is interrupted, all of them save and end. Raises UserError, when the others are done, if some failed.
+    Given up: the guard has ended it, since its numbers did not stay finite, as it would again; that is a result.
+    When it is interrupted, all of them save and end. Raises UserError, when the others are done, if some failed
+    otherwise.
     """
     if at_once < 1:
         raise UserError(f"--jobs is {at_once}, expected 1 or more", "as many as there are processor cores")
-    waiting = [job for job in jobs if not job.finished()]
+    waiting = [job for job in jobs if not job.finished() and not _given_up(out, job)]
     running: list[_Running] = []
     failed: list[Job] = []
     total = sum(job.config.train.total_nimg for job in jobs) / 1000
@@ -206,12 +209,13 @@ def train(jobs: Sequence[Job], out: Path, *, at_once: int, progress: bool = True
                 shown.update(max(0.0, _done(jobs) - shown.n))
         finally:
             _end(running)
-    if failed:
+    if failed := [job for job in failed if not _given_up(out, job)]:
         logs = ", ".join(str(_log(out, job)) for job in failed)
         last = _last_line(_log(out, failed[0]))
         raise UserError(
             f"{len(failed)} of {len(jobs)} runs did not finish ({last})", f"see {logs}; the same command goes on"
         )
+    return [job for job in jobs if _given_up(out, job)]
 
 
 def _start(job: Job, out: Path) -> _Running:
@@ -239,6 +243,16 @@ def _end(running: Sequence[_Running]) -> None:
     for each in running:
         each.process.wait()
         each.log.close()
+
+
+def _given_up(out: Path, job: Job) -> bool:
+    """Whether the job ended by the guard: its own log says so, at its end."""
+    if job.finished():
+        return False
+    try:
+        return GIVEN_UP in _log(out, job).read_bytes()[-_TAIL:].decode("utf-8", "replace")
+    except OSError:
+        return False
 
 
 def _done(jobs: Sequence[Job]) -> float:

@@ -10,6 +10,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,6 +20,7 @@ from sivae_dist.data.toy2d import EXTENT, Toy2dStream
 from sivae_dist.engine.load import Trained, load
 from sivae_dist.engine.precision import Precision
 from sivae_dist.engine.run_folder import write_atomic, write_json
+from sivae_dist.engine.tracking import read_metrics
 from sivae_dist.errors import UserError
 from sivae_dist.evaluation import plots2d, toy2d
 from sivae_dist.evaluation.grids import save_png
@@ -42,7 +44,8 @@ MEASURES = {
     "published_jsd": ("JSD as published", "{:.3f}"),
     "published_gnelbo": ("gnELBO as published", "{:.3g}"),
 }
-_LOSSES = ("rec/real", "kl/real", "kl/rec", "kl/fake", "loss/encoder", "loss/decoder", "loss/joint")
+_LOSSES = ("loss/", "rec/", "kl/", "exp_elbo/", "encoder/", "decoder/")  # how their tags begin
+CHOSEN = "tune.json"  # in the folder of a run that a search has judged, and chosen by its own result
 
 
 def real_points(job: Job) -> Tensor:
@@ -56,16 +59,24 @@ def measured(job: Job) -> dict[str, Any]:
     trained = load(job.run.root, batch=8192)
     try:
         known = json.loads(path.read_text(encoding="utf-8"))
-        if known["nimg"] == trained.nimg:
-            return dict(known)
+        if known["nimg"] == trained.nimg and "hist_kl" in known:
+            return {**known, **_told(job)}
     except (OSError, ValueError, KeyError, TypeError):
         pass
     values: dict[str, Any] = {"nimg": trained.nimg, **measure(trained, job)}
-    newest = json.loads(job.run.summary.read_text(encoding="utf-8")).get("metrics", {})
-    values["losses"] = {tag: newest[tag] for tag in _LOSSES if tag in newest}
-    values["seconds"] = {tag: newest[tag] for tag in ("time/train_s", "time/cpu_s") if tag in newest}
     write_json(path, values)
-    return values
+    return {**values, **_told(job)}
+
+
+def _told(job: Job) -> dict[str, Any]:
+    """What a run itself tells: the losses and terms of its last report (of no phase before), and the time it took."""
+    reports = [row for row in read_metrics(job.run.metrics) if any(tag.startswith("loss/") for tag in row)]
+    last = reports[-1] if reports else {}
+    told: dict[str, Any] = {"losses": {tag: value for tag, value in last.items() if tag.startswith(_LOSSES)}}
+    told["seconds"] = {tag: last[tag] for tag in ("time/train_s", "time/cpu_s") if tag in last}
+    if (job.run.root / CHOSEN).exists():
+        told["chosen_by_its_result"] = True
+    return told
 
 
 def measure(trained: Trained, job: Job) -> dict[str, float]:
@@ -83,17 +94,29 @@ def measure(trained: Trained, job: Job) -> dict[str, float]:
     values["hist_kl_floor"] = toy2d.histogram_kl(real, other, extent)
     values["hist_jsd_floor"] = toy2d.histogram_jsd(real, other, extent)
     values["outside"] = float((fake.abs() > extent).any(1).double().mean())
-    if bool(fake.isfinite().all()) and values["outside"] < 1:
+    if bool(fake.isfinite().all()):  # what lies outside counts as one more cell
         values["hist_kl"] = toy2d.histogram_kl(real, fake, extent)
         values["hist_jsd"] = toy2d.histogram_jsd(real, fake, extent)
+    if "hist_kl" in values and bool((few[1].abs() <= extent).all(1).any()):  # the published ones know no outside
         values["published_kl"] = toy2d.published_kl(*few, extent)
         values["published_jsd"] = toy2d.published_jsd(*few, extent)
     return values
 
 
 def rows_of(jobs: Sequence[Job]) -> list[Row]:
-    """What toy.json tells of each: measures, last losses, and which model it is. Measures what was not yet."""
-    return [{"density": j.density, "objective": j.objective, "seed": j.seed, **measured(j)} for j in jobs]
+    """What toy.json tells of each: measures, last losses, and which model it is. Measures what was not yet.
+
+    Of a run that was given up before its end: that it was, and its last losses.
+    """
+    return [
+        {
+            "density": j.density,
+            "objective": j.objective,
+            "seed": j.seed,
+            **(measured(j) if j.finished() else {"nimg": j.reached(), "given_up": True, **_told(j)}),
+        }
+        for j in jobs
+    ]
 
 
 def settings(jobs: Sequence[Job]) -> dict[str, Any]:
@@ -142,7 +165,7 @@ def table(rows: Sequence[Row]) -> str:
     told = f"{counts[0]} seed(s)" if len(counts) == 1 else f"{counts[0]} to {counts[-1]} seeds, see toy.json"
     lines = [f"{told}, {max(row['nimg'] for row in rows)} points each; lower is better everywhere", ""]
     for key, (heading, pattern) in MEASURES.items():
-        floor = f"{key}_floor" in rows[0]
+        floor = any(f"{key}_floor" in row for row in rows)
         columns = [heading, *objectives, *(["two draws of the data"] if floor else [])]
         lines += ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
         for density in dict.fromkeys(row["density"] for row in rows):
@@ -151,10 +174,14 @@ def table(rows: Sequence[Row]) -> str:
             for objective in objectives:
                 cells.append(spread([r.get(key, math.nan) for r in mine if r["objective"] == objective], pattern))
             if floor:
-                cells.append(pattern.format(mine[0][f"{key}_floor"]))
+                cells.append(spread([row[f"{key}_floor"] for row in mine if f"{key}_floor" in row][:1], pattern))
             lines.append("| " + " | ".join(cells) + " |")
         lines.append("")
-    lines += ["The last losses of every run are in toy.json."]
+    lines += ["The last losses and terms of every run are in toy.json."]
+    seeds_chosen = sorted({row["seed"] for row in rows if row.get("chosen_by_its_result")})
+    if seeds_chosen:
+        names = ", ".join(map(str, seeds_chosen))
+        lines += [f"Models of seed {names} were chosen among the finalists of the search by their own results."]
     return "\n".join(lines)
 
 
@@ -169,7 +196,7 @@ def spread(values: Sequence[float], pattern: str) -> str:
 
 def figures(jobs: Sequence[Job], rows: Sequence[Row], out: Path) -> None:
     """samples.png and density.png: densities by objectives, models of the lowest seed. rows: those of the jobs."""
-    seed = min(job.seed for job in jobs)
+    seed = min(job.seed for job, row in zip(jobs, rows, strict=True) if not row.get("given_up"))
     chosen = {(job.density, job.objective): (job, r) for job, r in zip(jobs, rows, strict=True) if job.seed == seed}
     densities = list(dict.fromkeys(density for density, _ in chosen))
     objectives = list(dict.fromkeys(objective for _, objective in chosen))
@@ -182,6 +209,12 @@ def figures(jobs: Sequence[Job], rows: Sequence[Row], out: Path) -> None:
         captions.append([""])
         for objective in objectives:
             job, result = chosen[density, objective]
+            if result.get("given_up"):
+                empty = np.full((FIGURE_GRID, FIGURE_GRID, 3), 255, np.uint8)
+                scatters[-1].append(empty)
+                heats[-1].append(empty)
+                captions[-1].append(f"not finite after {result['nimg']} points")
+                continue
             trained = load(job.run.root, batch=8192)
             scatters[-1].append(plots2d.scatter(trained.sample(SHOWN, seed=1), extent, size=FIGURE_GRID))
             energy = toy2d.negative_elbo(Precision().players(trained.model))
@@ -212,5 +245,6 @@ def write(jobs: Sequence[Job], out: Path, also: Sequence[Path] = ()) -> str:
     text = table(rows)
     write_atomic(out / "toy.md", text + "\n")
     write_json(out / "toy.json", {"runs": rows, "settings": settings(jobs)})
-    figures(jobs, own, out)
+    if not all(row.get("given_up") for row in own):
+        figures(jobs, own, out)
     return text

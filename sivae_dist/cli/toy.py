@@ -96,9 +96,12 @@ def toy(
         tuned=settings,
         precision=precision,
     )
-    app.train(chosen, out, at_once=jobs)
+    given_up = app.train(chosen, out, at_once=jobs)
     print(report.write(chosen, out, also))
     print(f"\nwritten: toy.md, toy.json, samples.png and density.png in {out}")
+    if given_up:
+        names = ", ".join(job.name for job in given_up)
+        print(f"not finite, and given up: {names}; the table counts them as failed (logs in {out / 'logs'})")
 
 
 def theorems(*, out: Path = Path("runs/theorems"), seed: int = 0) -> None:

@@ -21,6 +21,8 @@ ADVICE = (
     "change goes on from the last one, --resume PATH from an earlier one"
 )
 
+GIVEN_UP = "and the run has been rolled back"  # in the message that ends it
+
 
 @dataclass(frozen=True)
 class GuardConfig:
@@ -70,7 +72,7 @@ class Guard:
         """Counts and reports a rollback at `nimg` to the point named `to`. Raises UserError when there were enough."""
         bad = f"{self.in_a_row} iterations in a row were not finite, the last at {nimg} images"
         if self.rollbacks >= self.config.max_rollbacks:
-            raise UserError(f"{bad}, and the run has been rolled back {self.rollbacks} times already", ADVICE)
+            raise UserError(f"{bad}, {GIVEN_UP} {self.rollbacks} times already", ADVICE)
         self.rollbacks += 1
         self.in_a_row = 0
         self._say(f"{bad}: back to {to}, with other data order and noise (rollback {self.rollbacks})")

@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
 from sivae_dist.apps import toy, toy_report
 from sivae_dist.apps.toy import Job
 from sivae_dist.cli import main
 from sivae_dist.engine.config import from_dict, to_dict, to_yaml
+from sivae_dist.engine.guard import GuardConfig
 from sivae_dist.engine.run_folder import RunFolder
 from sivae_dist.errors import UserError
 from sivae_dist.models.mlp import MlpConfig
@@ -122,7 +124,7 @@ def test_trains_goes_on_and_reports(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert [row["objective"] for row in rows] == ["vae", "soft_introvae"]
     for row in rows:
         assert all(math.isfinite(row[key]) for key in toy_report.MEASURES)
-        assert row["losses"]
+        assert {"loss/joint", "rec/real", "kl/real"} == set(row["losses"])
         assert 0 < row["hist_jsd_floor"] < row["hist_jsd"] <= math.log(2)
     for name in ("samples", "density"):
         with Image.open(out / f"{name}.png") as picture:
@@ -143,6 +145,76 @@ def test_a_run_that_fails_is_told(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="1 of 1 runs did not finish") as told:
         toy.train([job], tmp_path, at_once=1, progress=False)
     assert "rings-vae-seed0.log" in told.value.fix
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+def test_a_run_that_diverges_is_a_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is not trained again, and the table of the others is made, with it counted as failed."""
+    monkeypatch.setattr(toy_report, "measure", lambda *_: {"hist_kl": 1.0, "grid_nll": 2.0, "hist_kl_floor": 0.5})
+    monkeypatch.setattr(toy_report, "figures", lambda *_: None)
+    good, bad = small(toy.plan(tmp_path, ("rings",), ("vae",), seeds=[0, 1]))
+    player = dataclasses.replace(bad.config.optim.encoder, lr=1e30)
+    config = dataclasses.replace(
+        bad.config, optim=dataclasses.replace(bad.config.optim, encoder=player, decoder=player)
+    )
+    config = dataclasses.replace(config, guard=GuardConfig(patience=1, max_rollbacks=1))
+    bad = dataclasses.replace(bad, config=config)
+    assert toy.train([good, bad], tmp_path, at_once=2, progress=False) == [bad]
+    table = toy_report.write([good, bad], tmp_path)
+    assert "| rings | 1.000 (1 of 2 failed) | 0.500 |" in table
+    row = json.loads((tmp_path / "toy.json").read_text())["runs"][1]
+    assert row["given_up"] and "hist_kl" not in row
+    before = (tmp_path / "logs/rings-vae-seed1.log").read_bytes()
+    assert toy.train([good, bad], tmp_path, at_once=2, progress=False) == [bad]
+    assert (tmp_path / "logs/rings-vae-seed1.log").read_bytes() == before
+
+
+def test_losses_are_those_of_the_last_report(job: Job) -> None:
+    """None of a phase that is long past, and all that there are: the terms of every part of the objective."""
+    job.run.root.mkdir(parents=True)
+    rows = [
+        {"nimg": 1, "loss/joint": 3.0, "kl/real": 2.0},
+        {
+            "nimg": 2,
+            "loss/encoder": 1.0,
+            "exp_elbo/fake": 0.5,
+            "encoder/rec_fake": 0.2,
+            "lr/encoder": 1.0,
+            "mem/x": 1.0,
+        },
+        {"nimg": 2, "eval/psnr": 4.0, "time/train_s": 5.0},
+    ]
+    job.run.metrics.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    (row,) = toy_report.rows_of([job])
+    assert row["losses"] == {"loss/encoder": 1.0, "exp_elbo/fake": 0.5, "encoder/rec_fake": 0.2}
+    assert row["given_up"] and row["nimg"] == 2
+
+
+class _Model:
+    """What `measure` asks of a trained model: these points are its samples."""
+
+    def __init__(self, points: torch.Tensor) -> None:
+        self.points, self.model = points, MlpConfig(width=8, hidden_layers=1).build()
+
+    def sample(self, count: int, seed: int) -> torch.Tensor:
+        return self.points[:count]
+
+
+def test_what_lies_outside_counts(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that draws nothing in the square is the worst one in nats, not one without a value."""
+    sizes = {"PUBLISHED_GRID": 24, "PUBLISHED_POINTS": 300, "PUBLISHED_SAMPLES": 50, "SAMPLES": 1000, "_OTHER": 1000}
+    for name, value in sizes.items():
+        monkeypatch.setattr(toy_report, name, value)
+    outside = torch.full((1000, 2), 99.0)
+    few = outside.clone()
+    few[500:] = 0  # inside, but not among the first
+    for points, share in ((outside, 1.0), (few, 0.5)):
+        found = toy_report.measure(_Model(points), job)  # type: ignore[arg-type]
+        assert found["outside"] == share
+        assert found["hist_jsd"] > 0.9 * math.log(2) * share and math.isfinite(found["hist_kl"])
+        assert "published_kl" not in found
+    assert "hist_kl" not in toy_report.measure(_Model(outside * math.nan), job)  # type: ignore[arg-type]
 
 
 @pytest.fixture
@@ -185,6 +257,9 @@ def test_table_shows_spread_and_failures() -> None:
     assert "| rings | 1.500 ± 0.707 | 3.000 (1 of 2 failed) | 0.010 |" in text
     assert "| rings | - | - |" in text
     assert toy_report.table(rows[:-1]).startswith("1 to 2 seeds")
+    assert "chosen" not in text
+    rows[2]["chosen_by_its_result"] = True
+    assert "Models of seed 1 were chosen among the finalists" in toy_report.table(rows)
 
 
 def test_rows_of_models_trained_elsewhere(tmp_path: Path, job: Job) -> None:
