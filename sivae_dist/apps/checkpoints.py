@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from sivae_dist.engine import checkpoint
 from sivae_dist.engine.checkpoint_writer import CheckpointConfig, best_checkpoint, kept
-from sivae_dist.engine.config import from_dict, read_yaml
+from sivae_dist.engine.config import checkpoint_section, read_yaml
 from sivae_dist.engine.run_folder import RunFolder, write_atomic
 from sivae_dist.engine.run_lock import RunLock
 from sivae_dist.errors import UserError
@@ -27,12 +29,41 @@ class Entry:
 
 
 def settings_of(run: Path) -> CheckpointConfig:
-    """The retention that the run was trained with; the default one where its config cannot be read."""
+    """The retention of the run's config.yaml, or without that file of its latest checkpoint.
+
+    Only the section `checkpoint` is looked at: what is wrong with the others says nothing of it. Raises UserError where
+    it cannot be read, as what the run wants to keep is not known then.
+    """
     file = RunFolder(run).config
+    if file.is_file():
+        return checkpoint_section(read_yaml(file), str(file))
+    latest = checkpoint.latest(RunFolder(run).checkpoints)
+    if latest is None:
+        raise UserError(f"{run} has neither a config.yaml nor a complete checkpoint", "restore its config.yaml")
+    config = checkpoint.read_state(latest).get("config")
+    where = str(latest / "state.json")
+    if not isinstance(config, dict):
+        raise UserError(f"{where} holds no configuration, and there is no {file}", "restore one of them")
+    return checkpoint_section(config, where)
+
+
+def retention(run: Path, given: dict[str, Any]) -> CheckpointConfig:
+    """What is to stay: by the run's settings, or where `given` (of keep_last, keep_every_kimg, best, best_is) says so.
+
+    Raises UserError where the settings cannot be read and `given` leaves some of them open: by the default ones things
+    might go that the run was told to keep.
+    """
+    _folder(run)
     try:
-        return from_dict(read_yaml(file), str(file)).checkpoint if file.is_file() else CheckpointConfig()
-    except UserError:
-        return CheckpointConfig()
+        config = settings_of(run)
+    except UserError as error:
+        needed = ["keep_last", "keep_every_kimg", "best"]
+        needed += ["best_is"] if given.get("best", "") is not None else []
+        if missing := [f"--{name.replace('_', '-')}" for name in needed if name not in given]:
+            what = f"what the run wants to keep is not known: {error.what}"
+            raise UserError(what, f"{error.fix or 'mend it'}; or say it all here: add {', '.join(missing)}") from None
+        config = CheckpointConfig()
+    return replace(config, **given)
 
 
 def found_in(path: Path) -> list[Path]:
@@ -49,11 +80,18 @@ def found_in(path: Path) -> list[Path]:
     raise UserError(f"there is no checkpoint in {path}", "give a run folder or one of its checkpoints")
 
 
-def entries(path: Path, *, thorough: bool) -> list[Entry]:
-    """Those of a run, or one of them, oldest first. thorough: read every byte, not only the sizes."""
+def entries(path: Path, *, thorough: bool, tell: Callable[[str], object]) -> list[Entry]:
+    """Those of a run, or one of them, oldest first. thorough: read every byte, not only the sizes.
+
+    tell: is told when the run's settings cannot be read, and the best one is that by the default settings.
+    """
     paths = found_in(path)
     folder = paths[0].parent
-    config = settings_of(folder.parent)
+    try:
+        config = settings_of(folder.parent)
+    except UserError as error:
+        config = CheckpointConfig()
+        tell(f"the run's settings cannot be read, so the best is the one by {config.best}: {error.what}")
     damage = {p: checkpoint.damage(p, sizes_only=not thorough) for p in paths}
     good = [p for p in checkpoint.complete(folder) if not damage.get(p)]
     latest, best = checkpoint.latest(folder), best_checkpoint(config, good)
@@ -88,14 +126,19 @@ def prune(run: Path, config: CheckpointConfig, *, damaged: bool, dry_run: bool) 
 
     Raises UserError while a training is going on in the run folder.
     """
-    folder = RunFolder(run).checkpoints
-    if not checkpoint.all_of(folder):
-        raise UserError(f"there is no checkpoint in {run}", "give a run folder, as --out of the training named it")
+    folder = _folder(run)
     lock = RunLock(run)
     try:
         return _prune(folder, config, damaged=damaged, dry_run=dry_run)
     finally:
         lock.release()
+
+
+def _folder(run: Path) -> Path:
+    folder: Path = RunFolder(run).checkpoints
+    if not checkpoint.all_of(folder):
+        raise UserError(f"there is no checkpoint in {run}", "give a run folder, as --out of the training named it")
+    return folder
 
 
 def _prune(folder: Path, config: CheckpointConfig, *, damaged: bool, dry_run: bool) -> Pruning:

@@ -24,7 +24,7 @@ def list_(run: Path, /, *, json: bool = False) -> None:
     """
     from sivae_dist.apps import checkpoints as app  # noqa: PLC0415 (keeps --help quick)
 
-    found = app.entries(run, thorough=False)
+    found = app.entries(run, thorough=False, tell=_note)
     if json:
         print(_plain(found))
         return
@@ -48,7 +48,7 @@ def verify(path: Path, /, *, json: bool = False) -> None:
     """
     from sivae_dist.apps import checkpoints as app  # noqa: PLC0415 (keeps --help quick)
 
-    found = app.entries(path, thorough=True)
+    found = app.entries(path, thorough=True, tell=_note)
     if json:
         print(_plain(found))
     else:
@@ -93,8 +93,7 @@ def prune(
     changes = {name: value for name, value in given.items() if value is not None}
     if best == "none":
         changes["best"] = None
-    config = dataclasses.replace(app.settings_of(run), **changes)
-    done = app.prune(run, config, damaged=damaged, dry_run=dry_run)
+    done = app.prune(run, app.retention(run, changes), damaged=damaged, dry_run=dry_run)
     if json:
         values = {
             "keeps": {path.name: why for path, why in done.keeps.items()},
@@ -112,6 +111,10 @@ def prune(
     for path in done.damaged:
         print(f"damaged  {path.name}  (--damaged removes it)")
     print(f"{_size(done.bytes)} {'would be' if dry_run else 'are'} free")
+
+
+def _note(text: str) -> None:
+    print(f"note: {text}", file=sys.stderr)
 
 
 def _plain(entries: list[Entry]) -> str:

@@ -100,6 +100,17 @@ def from_dict(values: dict[str, Any], source: str) -> RunConfig:
     return RunConfig(**sections)
 
 
+def checkpoint_section(values: dict[str, Any], source: str) -> CheckpointConfig:
+    """The section `checkpoint` of a resolved configuration alone, whatever the others hold.
+
+    Raises UserError as `from_dict` does, and where there is no such section: a resolved configuration has all of them.
+    """
+    if "checkpoint" not in values:
+        raise UserError(f"{source} has no section checkpoint", "copy the file again")
+    section: CheckpointConfig = _convert(values["checkpoint"], CheckpointConfig, "checkpoint", source)
+    return section
+
+
 def to_dict(config: RunConfig) -> dict[str, Any]:
     """Nested plain values (lists for tuples) that `from_dict` turns back into an equal RunConfig."""
 

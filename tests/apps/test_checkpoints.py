@@ -168,6 +168,48 @@ def test_prune_never_takes_the_latest_good_one(run: Path, command: Any) -> None:
     assert names(run) == [400]
 
 
+def test_prune_by_the_run_s_own_settings_or_not_at_all(run: Path, command: Any) -> None:
+    """The newest five are to stay; by the default settings two more would go."""
+    file = run / "config.yaml"
+    told = file.read_text().replace("keep_last: 2", "keep_last: 5")
+    file.write_text(told.replace("model:\n", "model:\n  of_another_version: 1\n", 1))
+    assert "of_another_version" in file.read_text()
+    status, said = command("prune", run, "--dry-run")
+    assert status == 0 and said.count("would remove") == 1, said
+
+    whole = ("--keep-last", 1, "--keep-every-kimg", 0, "--best", "eval/psnr")
+    for text, says in [
+        (told.replace("keep_last: 5", "keep_lats: 5"), "did you mean 'keep_last'"),
+        (told.replace("keep_last: 5", "keep_last: five"), "checkpoint.keep_last is 'five'"),
+        ("", "has no section checkpoint"),
+        ("a: [", "is not valid YAML"),
+    ]:
+        file.write_text(text)
+        status, said = command("prune", run, *whole)
+        assert status == 2 and says in said and "add --best-is" in said
+        assert names(run) == list(PSNR)
+    status, said = command("list", run)
+    assert status == 0 and "note: the run's settings cannot be read" in said and "best eval/psnr" in said
+    assert command("prune", run, *whole, "--best-is", "max")[0] == 0
+    assert names(run) == [200, 600]
+
+
+def test_prune_without_a_config_file_does_as_the_latest_checkpoint_says(run: Path, command: Any) -> None:
+    (run / "config.yaml").unlink()
+    for path in checkpoint.all_of(run / "checkpoints"):
+        saved = checkpoint.read(path)
+        checkpoint.remove(path)
+        saved.state["config"]["checkpoint"]["keep_last"] = 4
+        checkpoint.write(run / "checkpoints", saved)
+    assert command("prune", run)[0] == 0
+    assert names(run) == [200, 300, 400, 500, 600]
+    (at(run, 600) / "state.json").write_text("{}")
+    status, said = command("prune", run)
+    assert status == 2 and "holds no configuration" in said
+    assert command("prune", run, "--keep-last", 1, "--keep-every-kimg", 0, "--best", "none")[0] == 0
+    assert names(run) == [500, 600], "the damaged one stays to be looked at"
+
+
 def test_what_is_refused(run: Path, command: Any, tmp_path: Path) -> None:
     for words in ("list", "verify", "prune"):
         status, said = command(words, tmp_path / "nothing")
