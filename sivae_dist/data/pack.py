@@ -25,7 +25,16 @@ from tqdm import tqdm
 from sivae_dist.data.files import expanded, sync_folder, write_atomically
 from sivae_dist.data.manifest import FILE_NAME, SPLITS, Manifest
 from sivae_dist.data.pack_items import ItemList, list_items, read_items
-from sivae_dist.data.pack_shard import PackOptions, ShardDone, ShardTask, differences, encoded, pack_shard, recorded
+from sivae_dist.data.pack_shard import (
+    PackOptions,
+    ShardDone,
+    ShardTask,
+    SourceLostError,
+    differences,
+    encoded,
+    pack_shard,
+    recorded,
+)
 from sivae_dist.data.procs import run_tasks, usable_cores
 from sivae_dist.data.pyramid_file import FILE_NAME as PYRAMID_NAME
 from sivae_dist.data.pyramid_file import PyramidFile, read_pyramid
@@ -202,7 +211,7 @@ def _estimate(source: Source, items: ItemList, options: PackOptions) -> Means:
     for item in read_items(items.path, items.offset[numbers]):
         try:
             sizes.append([len(data) + _TAR_OVERHEAD for data in encoded(source, item, options)[0]])
-        except MemoryError:
+        except (MemoryError, SourceLostError):
             raise
         except Exception as error:
             reason = f"{item.key}: {error}"

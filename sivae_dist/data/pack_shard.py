@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ from sivae_dist.data.shard_write import ShardWriter
 from sivae_dist.data.sources.base import Item, Source
 from sivae_dist.errors import UserError
 
+_BRING_BACK = "see that the source can be read and run the same command again: finished shards are kept"
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(B|KB|MB|GB|TB|KIB|MIB|GIB|TIB)", re.IGNORECASE)
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
@@ -155,15 +157,29 @@ def _is_there(info: ShardInfo, folder: Path) -> bool:
     return same and (folder / f"{info.name}.tar").stat().st_size == info.bytes
 
 
+class SourceLostError(UserError):
+    """The disk, the network, a permission or this process's limits fail, not the picture: no reason to leave it out.
+
+    A single file that may not be read counts, too: all of them look like that once a ticket of the network's has ended.
+    """
+
+
 def encoded(source: Source, item: Item, options: PackOptions) -> tuple[list[bytes], bool]:
     """The bytes of an item's picture at each resolution, and whether it had to be enlarged for the largest.
 
-    Raises whatever reading it raises.
+    Raises whatever reading it raises; SourceLostError where not the picture is at fault but what holds it.
     """
     largest = options.resolutions[-1]
-    with source.open(item, largest) as image:
-        small = min(image.size) < largest
-        whole = square(image, options.channels)
+    try:
+        with source.open(item, largest) as image:
+            small = min(image.size) < largest
+            whole = square(image, options.channels)
+    except OSError as error:
+        if error.errno is None:  # Pillow's own: truncated, cannot identify, ...
+            raise
+        file = item.meta.get("file", item.key)
+        what = f"{file} of {source.name} cannot be read: {os.strerror(error.errno)}"
+        raise SourceLostError(what, _BRING_BACK) from error
     versions = []
     for side in options.resolutions:
         versions.append(encode(resized(whole, side), options.format, options.quality))
@@ -213,10 +229,10 @@ def pack_shard(
 
 
 def _try(source: Source, item: Item, options: PackOptions) -> tuple[list[bytes], bool] | str:
-    """As `encoded`, or the reason why not. Any exception counts: decoders raise all kinds on damaged files."""
+    """As `encoded`, or the reason why not. All but a lost source counts: decoders raise all kinds on damaged files."""
     try:
         return encoded(source, item, options)
-    except (MemoryError, AssertionError):
+    except (MemoryError, AssertionError, SourceLostError):
         raise
     except UserError as error:
         return error.what

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import glob
 import json
 import os
@@ -23,6 +24,7 @@ from sivae_dist.data.manifest import Manifest
 from sivae_dist.data.pack import pack
 from sivae_dist.data.pack_shard import PackOptions
 from sivae_dist.data.shard_read import ShardReader, load_manifest
+from sivae_dist.data.sources import folder as folder_module
 from sivae_dist.data.sources.base import Item
 from sivae_dist.data.sources.folder import FolderSource
 from sivae_dist.data.store import FolderStore
@@ -346,6 +348,56 @@ def test_a_full_disk_is_said_before_and_during(tmp_path, monkeypatch):
     assert not list((tmp_path / "b").glob("shard*"))
     monkeypatch.undo()
     packed_quietly(source, tmp_path / "b", PackOptions(8))
+
+
+@pytest.mark.parametrize(
+    ("error", "workers"),
+    [(errno.EIO, 1), (errno.ESTALE, 2), (errno.ENOENT, 1), (errno.EACCES, 1), (errno.EMFILE, 1)],
+)
+def test_a_source_that_fails_ends_the_packing_and_the_same_command_goes_on(tmp_path, monkeypatch, error, workers):
+    source = FolderSource(draw_folder(tmp_path / "raw", 40))
+    options = PackOptions(8, format="png", shard_size="5", shuffle=False)
+    whole = packed_quietly(source, tmp_path / "whole", options).manifest
+    real = folder_module.file_bytes
+
+    def failing(path):
+        if path.name == "0012.png":  # not one of those that are tried beforehand
+            raise OSError(error, os.strerror(error), str(path))
+        return real(path)
+
+    monkeypatch.setattr(folder_module, "file_bytes", failing)
+    with pytest.raises(UserError, match=rf"0012\.png of raw cannot be read: {os.strerror(error)}") as raised:
+        packed_quietly(source, tmp_path / "out", options, workers=workers)
+    assert "run the same command again" in raised.value.fix
+    done = {path.stem for path in (tmp_path / "out" / ".pack").glob("*.done")}
+    assert {"shard-000000"} <= done and "shard-000002" not in done
+    assert not list(tmp_path.glob("out/shard-000002*")) and not (tmp_path / "out" / "manifest.json").exists()
+    monkeypatch.undo()
+    report = packed_quietly(source, tmp_path / "out", options)
+    assert report.reused == len(done) and not report.skipped
+    assert files(tmp_path / "out") == files(tmp_path / "whole") and report.manifest == whole
+
+
+class ShrinkingSource(FolderSource):
+    """One of its files goes after it was listed."""
+
+    def items(self):
+        yield from super().items()
+        (self.root / "0001.png").unlink(missing_ok=True)
+
+
+def test_a_source_that_fails_at_the_first_pictures_is_said_at_once(tmp_path):
+    source = ShrinkingSource(draw_folder(tmp_path / "raw", 3))
+    with pytest.raises(UserError, match=r"0001\.png of raw cannot be read: No such file"):
+        packed_quietly(source, tmp_path / "out", PackOptions(8))
+
+
+def test_files_larger_than_any_picture_are_not_read(tmp_path):
+    raw = draw_folder(tmp_path / "raw", 3)
+    with open(raw / "huge.png", "wb") as file:
+        file.truncate(3 << 30)
+    report = packed_quietly(FolderSource(raw), tmp_path / "out", PackOptions(8))
+    assert dict(report.skipped) == {"huge": "a file of more than 2147483648 bytes"}
 
 
 class DyingSource(ListSource):

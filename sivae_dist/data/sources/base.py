@@ -6,6 +6,7 @@ resolutions, which belong to the packer.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -14,6 +15,8 @@ from typing import Protocol
 from PIL import Image
 
 from sivae_dist.errors import UserError
+
+MAX_FILE_BYTES = 1 << 31  # twice that of the largest picture we take, uncompressed, with four channels of 16 bits
 
 
 @dataclass(frozen=True)
@@ -49,9 +52,20 @@ class Source(Protocol):
     def open(self, item: Item, resolution: int) -> Image.Image:
         """The picture. `resolution` is a hint: a renderer draws at it, a photograph ignores it and is resized later.
 
-        Raises UserError or OSError when the item cannot be read; the packer reports it and goes on.
+        Raises UserError, or OSError without a number (as Pillow does), when the picture is no good: the packer reports
+        it and goes on. OSError with a number (errno) means that the source fails, and ends the packing: a disk that
+        has gone must not turn good pictures into unreadable ones. So files are read before they are decoded, as by
+        `file_bytes`: a decoder that reads for itself raises such errors on damaged pictures, too.
         """
         ...
+
+
+def file_bytes(path: Path) -> bytes:
+    """A picture's file, whole. Raises OSError where it cannot be read, UserError for more bytes than pictures have."""
+    with open(path, "rb") as file:
+        if os.fstat(file.fileno()).st_size > MAX_FILE_BYTES:
+            raise UserError(f"a file of more than {MAX_FILE_BYTES} bytes", "make it smaller or remove it")
+        return file.read()
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from PIL import Image
 
 from sivae_dist.data.decode import MAX_PIXELS, open_image
 from sivae_dist.data.files import expanded
-from sivae_dist.data.sources.base import Item, Recipe
+from sivae_dist.data.sources.base import Item, Recipe, file_bytes
 from sivae_dist.data.sources.listing import SortedNames, Tell, entries, visible
 from sivae_dist.errors import UserError
 
@@ -63,7 +63,7 @@ class FolderSource:
 
     def open(self, item: Item, resolution: int) -> Image.Image:
         """The picture, not yet decompressed. Raises UserError or OSError."""
-        return open_image(self.root / str(item.meta["file"]), max_pixels=self.max_pixels)
+        return open_image(file_bytes(self.root / str(item.meta["file"])), max_pixels=self.max_pixels)
 
     def _walk(self, prefix: str) -> Iterator[Item]:
         found = visible(self.root / prefix, is_picture, self.tell)

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from sivae_dist.data.decode import MAX_PIXELS, open_image
-from sivae_dist.data.sources.base import Item
+from sivae_dist.data.sources.base import Item, file_bytes
 from sivae_dist.data.sources.listing import visible
 from sivae_dist.errors import UserError
 
@@ -83,9 +83,9 @@ class NumberedSource:
     def open(self, item: Item, resolution: int) -> Image.Image:
         """The picture. Raises UserError or OSError."""
         path = self.folder / str(item.meta["file"])
-        return (
-            open_array(path, self.max_pixels) if path.suffix == ".npy" else open_image(path, max_pixels=self.max_pixels)
-        )
+        if path.suffix == ".npy":
+            return open_array(path, self.max_pixels)
+        return open_image(file_bytes(path), max_pixels=self.max_pixels)
 
 
 def open_array(path: Path, max_pixels: int) -> Image.Image:
