@@ -17,6 +17,8 @@ from typing import Any, Literal
 import torch
 
 from sivae_dist.engine.config import RunConfig, from_dict, read_yaml, to_dict
+from sivae_dist.engine.progressive import RESOLUTION
+from sivae_dist.engine.resolution import Resolutions
 from sivae_dist.engine.run_folder import RunFolder
 from sivae_dist.engine.tracking import read_metrics
 from sivae_dist.errors import UserError
@@ -30,11 +32,12 @@ _MAX_METRICS_BYTES = 1 << 30
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One evaluation of a run: where it stood, and what it reached."""
+    """One evaluation of a run: where it stood, and what it reached, on images of `resolution` pixels a side."""
 
     nimg: int
     seconds: dict[str, float]  # train, cpu; absent in runs that do not tell
     values: dict[str, float]  # metric, without eval/ -> value
+    resolution: int  # 0 for points
 
 
 @dataclass(frozen=True)
@@ -78,12 +81,16 @@ class Figure:
 
 @dataclass(frozen=True)
 class Row:
-    """What a group had reached at a mark. kimg, seconds: means over its runs of where those evaluations stood."""
+    """What a group had reached at a mark. kimg, seconds: means over its runs of where those evaluations stood.
+
+    resolutions: those at which its runs were evaluated there, ascending; figures compare where all are the same.
+    """
 
     group: str
     kimg: float
     seconds: dict[str, float]
     figures: dict[str, Figure]
+    resolutions: list[int]
 
 
 @dataclass(frozen=True)
@@ -103,10 +110,11 @@ def read_run(path: Path) -> Run:
             f"{path} is no run folder (it has no config.yaml)", "give folders that --out of a training made"
         )
     config = from_dict(read_yaml(folder.config), str(folder.config))
+    resolutions = Resolutions(config)
     try:
         if folder.metrics.is_file() and folder.metrics.stat().st_size > _MAX_METRICS_BYTES:
             raise UserError(f"{folder.metrics} has more than {_MAX_METRICS_BYTES} bytes", "no run writes so much")
-        found = [_evaluation(row) for row in read_metrics(folder.metrics)]
+        found = [_evaluation(row, resolutions) for row in read_metrics(folder.metrics)]
     except (KeyError, ValueError, TypeError, OverflowError) as error:
         raise UserError(
             f"cannot read {folder.metrics}: {error}"[:500], "it must be as the training wrote it"
@@ -125,14 +133,16 @@ def read_run(path: Path) -> Run:
     return Run(path, config, _fingerprint(folder.manifest), evaluations, parameters)
 
 
-def _evaluation(row: dict[str, float]) -> Evaluation | None:
+def _evaluation(row: dict[str, float], resolutions: Resolutions) -> Evaluation | None:
     """The evaluation in a row of metrics.jsonl, None for a row of another kind."""
     values = {tag.removeprefix(_EVAL): float(value) for tag, value in row.items() if tag.startswith(_EVAL)}
+    values.pop(RESOLUTION.removeprefix(_EVAL), None)
     if not values:
         return None
     tags: dict[str, str] = {"train": "time/train_s", "cpu": "time/cpu_s"}
     seconds = {timer: float(row[tag]) for timer, tag in tags.items() if tag in row}
-    return Evaluation(int(row["nimg"]), seconds, values)
+    nimg = int(row["nimg"])
+    return Evaluation(nimg, seconds, values, resolutions.of(nimg, row))
 
 
 def _fingerprint(manifest: Path) -> str:
@@ -265,6 +275,7 @@ def _row(group: Group, pick: Callable[[Run], Evaluation]) -> Row:
         fmean(e.nimg for e in picked) / 1000,
         {t: fmean(e.seconds[t] for e in picked) for t in timers},
         {metric: figure([e.values[metric] for e in picked if metric in e.values]) for metric in metrics},
+        sorted({e.resolution for e in picked}),
     )
 
 

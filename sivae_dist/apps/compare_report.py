@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from sivae_dist.apps.compare import Figure, Group, Table, differences
+from sivae_dist.apps.compare import Figure, Group, Row, Table, differences
 from sivae_dist.apps.sheet import sheet
 from sivae_dist.engine.run_folder import RunFolder
 from sivae_dist.errors import UserError
@@ -33,11 +33,18 @@ def text(groups: Sequence[Group], tables: Sequence[Table]) -> str:
     data = {run.data for group in groups for run in group.runs if run.data}
     if len(data) > 1:
         parts.append("WARNING: these runs did not see the same data, so their metrics do not compare.")
+    grows = any(run.config.progressive.enabled for group in groups for run in group.runs)
     for table in tables:
         title = (
             f"After {table.mark}" if table.kind == "images" else f"The last evaluation within {table.mark} of training"
         )
-        parts.append(f"{title}:\n\n{_table(table)}")
+        parts.append(f"{title}:\n\n{_table(table, grows=grows)}")
+        if not alike(table):
+            sizes = ", ".join(f"{row.group} {_pixels(row)} px" for row in table.rows)
+            parts.append(
+                f"WARNING: these runs were evaluated at different resolutions there ({sizes}), so their metrics do not "
+                "compare."
+            )
     parts.append("Mean over the seeds +- standard deviation (n - 1) where there are several.")
     return "\n\n".join(parts)
 
@@ -51,13 +58,23 @@ def _members(groups: Sequence[Group]) -> str:
     return markdown(["run", "architecture", "seeds", "parameters of the encoder", "of the decoder"], rows)
 
 
-def _table(table: Table) -> str:
+def alike(table: Table) -> bool:
+    """Whether all runs were evaluated at one resolution there. A network that grows begins with few pixels."""
+    return len({size for row in table.rows for size in row.resolutions}) <= 1
+
+
+def _pixels(row: Row) -> str:
+    return " ".join(map(str, row.resolutions))
+
+
+def _table(table: Table, *, grows: bool) -> str:
     metrics = list(dict.fromkeys(metric for row in table.rows for metric in row.figures))
     rows = []
     for row in table.rows:
         cells = [row.group, f"{row.kimg:.4g}", *(_seconds(row.seconds.get(timer)) for timer in ("train", "cpu"))]
+        cells += [_pixels(row)] * grows
         rows.append([*cells, *(_figure(metric, row.figures.get(metric)) for metric in metrics)])
-    return markdown(["run", "kimg", "seconds", "CPU seconds", *metrics], rows)
+    return markdown(["run", "kimg", "seconds", "CPU seconds", *["pixels"] * grows, *metrics], rows)
 
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

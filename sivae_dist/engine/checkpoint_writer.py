@@ -32,7 +32,8 @@ class CheckpointConfig:
     keep_every_kimg: float = 0.0
     """Besides those, one every this many thousand images stays for ever. 0 keeps none for that reason."""
     best: str | None = "eval/psnr"
-    """The checkpoint with the best value of this metric is kept too. None keeps none for that reason."""
+    """The checkpoint with the best value of this metric is kept too, of a network that grows among those evaluated at
+    the highest resolution. None keeps none for that reason."""
     best_is: str = "max"
     """max or min: which value of `best` is the better one."""
     background: bool = True
@@ -155,15 +156,32 @@ def kept(config: CheckpointConfig, found: list[Path], latest: Path | None) -> di
 
 
 def best_checkpoint(config: CheckpointConfig, found: list[Path]) -> Path | None:
-    """The checkpoint whose stored metrics have the best value of `config.best`; None when none was evaluated."""
-    scores: list[tuple[float, Path]] = []
+    """The checkpoint whose stored metrics have the best value of `config.best`; None when none was evaluated.
+
+    Only those evaluated at the highest resolution of all count: images of a few pixels are easy.
+    """
+    from sivae_dist.engine.config import from_dict  # noqa: PLC0415 (which imports CheckpointConfig from here)
+    from sivae_dist.engine.resolution import Resolutions  # noqa: PLC0415
+
+    judged: list[tuple[float, dict[str, Any], Path]] = []
+    told: Any = {}  # the newest one's configuration; how a run grows cannot change
     for path in found:
         try:
-            value = json.loads((path / "state.json").read_text(encoding="utf-8"))["metrics"][config.best]
+            state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+            metrics = dict(state["metrics"])
+            value = metrics[config.best]
         except (OSError, ValueError, LookupError, TypeError):  # not evaluated, or damaged
             continue
         if isinstance(value, int | float) and math.isfinite(value):
-            scores.append((float(value), path))
+            judged.append((float(value), metrics, path))
+            told = state.get("config", {})
+    try:
+        resolutions = Resolutions(from_dict(told, "state.json"))
+        pixels = [resolutions.of(checkpoint.nimg_of(path), metrics) for _, metrics, path in judged]
+    except UserError:  # of another version; all count
+        pixels = [0] * len(judged)
+    highest = max(pixels, default=0)
+    scores = [(value, path) for (value, _, path), size in zip(judged, pixels, strict=True) if size == highest]
     if not scores:
         return None
     choose = max if config.best_is == "max" else min

@@ -29,7 +29,7 @@ def judge(run: Path, *, images: int, checkpoint_name: str = "latest") -> tuple[d
         settings = replace(config.eval, images=images)
         precision, seed = Precision("fp32", device.type), config.train.seed
         evaluator = evaluator_for(model)(settings, stream, Group(), device, precision, seed)
-        results = evaluator.metrics(model)
+        results = evaluator.metrics(model) | config.progressive.evaluated(model.sample_shape[-1])
         path = run / "samples" / f"evaluate-nimg-{trained.nimg:09d}.png"
         save_png(path, evaluator.pictures(model, model, config.tracking.images)["grid"])
         return results, path

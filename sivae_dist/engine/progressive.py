@@ -17,6 +17,7 @@ from torch.nn import functional
 from sivae_dist.errors import UserError
 
 Number = TypeVar("Number", int, float)
+RESOLUTION = "eval/resolution"  # among the metrics of an evaluation
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,10 @@ class GrowthConfig:
             blend = 0.5 - 0.5 * math.cos(math.pi * into / fade)
         behind = self.level(max(0, nimg - _images(self.beta_neg_lag_kimg)), levels)
         return Stage(level, blend, _held(self.batch, level), _held(self.lr, level), _held(self.beta_neg, behind))
+
+    def evaluated(self, resolution: int) -> dict[str, float]:
+        """What an evaluation of images of so many pixels a side tells besides its metrics; nothing without growth."""
+        return {RESOLUTION: float(resolution)} if self.enabled else {}
 
     def grown(self, levels: int) -> int:
         """The fewest images after which a model is wholly at its finest level: what the last one of them was seen at.

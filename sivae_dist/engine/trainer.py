@@ -310,6 +310,7 @@ class Trainer:
         average = whole_model(self.ema.model)
         with unmoved(average):
             results = self.evaluator.metrics(average)
+        results |= self.config.progressive.evaluated(average.sample_shape[-1])
         log.info("evaluation at %d images: %s", self.nimg, results)
         self.tracker.scalars(self.nimg, results | self.clock.totals())
         self.newest |= results
@@ -386,7 +387,7 @@ class Trainer:
     def _conclude(self, *, finished: bool) -> None:
         log.info("%s at %d images", "finished" if finished else "stopped when asked to", self.nimg)
         if self.group.is_main:
-            write_json(self.folder.summary, summarise(self.folder, self.nimg, finished=finished))
+            write_json(self.folder.summary, summarise(self.folder, self.config, self.nimg, finished=finished))
         self.launch.finish()
 
 

@@ -12,7 +12,7 @@ import torch
 
 from sivae_dist.cli import main
 from sivae_dist.engine import checkpoint
-from sivae_dist.engine.checkpoint_writer import CheckpointConfig, CheckpointWriter, kept
+from sivae_dist.engine.checkpoint_writer import CheckpointConfig, CheckpointWriter, best_checkpoint, kept
 from sivae_dist.engine.config import from_dict, to_dict, to_yaml
 from sivae_dist.engine.run_lock import RunLock
 
@@ -33,6 +33,24 @@ def run(tmp_path: Path) -> Path:
         state = {"plan_salt": 0, "sums": {}, "data": "d", "config": to_dict(config), "metrics": metrics}
         checkpoint.write(folder / "checkpoints", checkpoint.snapshot(nimg, model, model, {}, state))
     return folder
+
+
+@pytest.mark.parametrize("tagged", [True, False], ids=["told", "older"])
+def test_the_best_one_of_a_growing_run_has_the_highest_resolution(tmp_path: Path, tagged: bool) -> None:
+    """Images of 4 px are easy: their PSNR would be the best for ever."""
+    growth = {"enabled": True, "level_kimg": 0.1, "fade_kimg": 0.05}
+    model = {"name": "style", "image_size": 16, "startf": 4, "maxf": 6, "latent_size": 5, "mapping_layers": 2}
+    state = {"config": to_dict(from_dict({"model": model, "progressive": growth}, "test"))}
+    for nimg, psnr, size in ((100, 40.0, 4), (200, 30.0, 8), (220, 21.0, 16), (300, 22.0, 16), (320, 20.0, 16)):
+        path = tmp_path / checkpoint.name_of(nimg)
+        path.mkdir()
+        tag = {"eval/resolution": float(size)} if tagged else {}
+        (path / "state.json").write_text(json.dumps({**state, "metrics": {"eval/psnr": psnr, **tag}}))
+    found = sorted(tmp_path.iterdir())
+    best = [best_checkpoint(CheckpointConfig(), found[:n]) for n in range(6)]
+    assert [path and checkpoint.nimg_of(path) for path in best] == [None, 100, 200, 220, 300, 300]
+    assert best_checkpoint(CheckpointConfig(best_is="min"), found) == found[-1]
+    assert found[3] in kept(CheckpointConfig(keep_last=1), found, found[-1])
 
 
 @pytest.fixture

@@ -140,6 +140,35 @@ def test_the_command_line(runs: list[Path], tmp_path: Path, capsys: pytest.Captu
     assert [t["kind"] for t in json.loads(capsys.readouterr().out)["tables"]] == ["images"]
 
 
+def test_growing_runs_compare_at_one_resolution_only(tmp_path: Path) -> None:
+    """4 px for 100 images, 8 px for 100, then 16 px: told by the row, and of older runs by the configuration."""
+    growth = {"enabled": True, "level_kimg": 0.1, "fade_kimg": 0.05, "batch": [10]}
+    style = {"name": "style", "image_size": 16, "startf": 4, "maxf": 6, "latent_size": 5, "mapping_layers": 2}
+    psnr = {0: 5.0, 100: 30.0, 200: 25.0, 300: 20.0}
+    paths = [make(tmp_path / name, style, psnr, progressive=growth, seed=i) for i, name in enumerate(["old", "new"])]
+    rows = [json.loads(line) for line in (paths[1] / "metrics.jsonl").read_text().splitlines()]
+    for row, size in zip((row for row in rows if "eval/psnr" in row), (4, 4, 8, 16), strict=True):
+        row["eval/resolution"] = float(size)
+    (paths[1] / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    old, new = (app.read_run(path) for path in paths)
+    assert [e.resolution for e in old.evaluations] == [e.resolution for e in new.evaluations] == [4, 4, 8, 16]
+    assert new.evaluations[0].values.keys() == {"psnr", "swd"}
+
+    groups = app.grouped([old, new, app.read_run(make(tmp_path / "whole", {**style, "maxf": 7}, psnr))])
+    coarse, fine = app.at_images(groups, 0.2), app.at_images(groups)
+    assert [row.resolutions for row in coarse.rows] == [[8], [16]]
+    assert not report.alike(coarse) and report.alike(fine)
+    said = report.text(groups, [coarse])
+    assert f"at different resolutions there ({groups[0].label} 8 px, whole 16 px), so their metrics do not" in said
+    assert "| pixels |" in said and "different resolutions" not in report.text(groups, [fine])
+    assert "pixels" not in report.text(groups[1:], [app.at_images(groups[1:])])
+    assert report.plain(groups, [coarse])["tables"][0]["rows"][0]["resolutions"] == [8]
+
+    slow = make(tmp_path / "slow", style, psnr, progressive=growth, seed=2, pace=2.0)
+    (row,) = app.at_time(app.grouped([old, app.read_run(slow)]), "train", 250.0).rows
+    assert row.resolutions == [4, 8]  # seeds of one group at equal time
+
+
 def refusal(*arguments: str) -> str:
     from sivae_dist.cli import _run
 

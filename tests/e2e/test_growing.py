@@ -67,6 +67,20 @@ def test_levels_follow_the_schedule(grown: Path) -> None:
     assert sizes  # cells are enlarged, so sizes need not differ
 
 
+def test_evaluations_tell_their_resolution(grown: Path) -> None:
+    """In metrics and checkpoints; what does not compare is not in the summary."""
+    plan = GrowthConfig(enabled=True, level_kimg=0.12, fade_kimg=0.06)
+    rows = [json.loads(line) for line in (grown / "metrics.jsonl").read_text().splitlines()]
+    told = {row["nimg"]: row["eval/resolution"] for row in rows if "eval/psnr" in row}
+    assert told == {nimg: float(4 << plan.at(max(0, nimg - 1), 3).level) for nimg in told}
+    assert {told[0], told[max(told)]} == {4.0, 16.0}
+    stored = checkpoint.read(checkpoint.latest(grown / "checkpoints")).state["metrics"]
+    assert stored["eval/resolution"] == 16.0
+    summary = json.loads((grown / "summary.json").read_text())
+    assert "swd_ratio_to_untrained" not in summary and summary["metrics"]["eval/resolution"] == 16.0
+    assert judge(grown, images=8)[0]["eval/resolution"] == 16.0
+
+
 @pytest.mark.parametrize("nimg", [120, 152, 240, 264])
 def test_resume_inside_a_fade_and_at_a_level(grown: Path, shards: Path, tmp_path: Path, nimg: int) -> None:
     start = [p for p in (grown / "checkpoints").glob("nimg-*") if int(p.name[5:]) >= nimg]
