@@ -17,6 +17,8 @@ import pytest
 import small_disk
 from commands import ROOT, Done, Runner, environment, write_config
 
+from sivae_dist.apps.checks import devices
+
 
 def checks(done: Done) -> dict[str, dict[str, str]]:
     """The JSON report by name; where a name stands twice, the worst."""
@@ -182,6 +184,33 @@ def test_stale_lock_of_a_killed_build(run: Runner, tmp_path: Path) -> None:
 def test_variables(run: Runner, env: dict[str, str], name: str, says: str) -> None:
     code, found = examine(run, env=env)
     assert code == 1 and says in found[name]["found"] and found[name]["remedy"]
+
+
+@pytest.mark.parametrize(
+    ("gloo", "nccl", "says"),
+    [
+        ("", "", []),
+        ("eth0,lo", "eth0", []),
+        ("eth", "eth,ib", []),  # beginnings; NCCL is content with any of the list
+        ("", "^docker0,lo", []),
+        ("", "^docker,lo,veth", []),
+        ("", "=eth0", []),
+        ("", "^=eth", []),
+        ("", "eth0:4000", []),
+        ("eth0,ib0", "", ["GLOO_SOCKET_IFNAME names ib0, this machine has docker0, eth0, lo"]),
+        ("^lo", "", ["GLOO_SOCKET_IFNAME names ^lo"]),  # gloo knows no exclusion
+        ("", "ib0,=eth0", ["'ib0,=eth0', which leaves no network interface: this machine has docker0, eth0, lo"]),
+        ("", "=eth", ["'=eth', which leaves no"]),
+        ("ib", "^docker,eth,lo", ["GLOO_SOCKET_IFNAME names ib", "'^docker,eth,lo', which leaves no"]),
+    ],
+)
+def test_network_interfaces(monkeypatch: pytest.MonkeyPatch, gloo: str, nccl: str, says: list[str]) -> None:
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", gloo)
+    monkeypatch.setenv("NCCL_SOCKET_IFNAME", nccl)
+    found = devices.interfaces({"lo", "eth0", "docker0"})
+    assert len(found) == len(says)
+    for check, text in zip(found, says, strict=True):
+        assert check.name == "network" and check.status == "problem" and text in check.found and check.remedy
 
 
 def alone(*options: str, env: dict[str, str] | None = None, limit: str = "true") -> tuple[int, dict]:

@@ -68,19 +68,37 @@ def gpu_decode() -> list[Check]:
     return [ok("gpu decode", "data.decode gpu can be used: nvJPEG decodes what Pillow does, but for rounding")]
 
 
+def interfaces(names: set[str]) -> list[Check]:
+    """What is wrong with the network interfaces that the environment names, on a machine with these.
+
+    gloo wants one for each beginning of a name in the list. NCCL takes all that the list fits, or with a leading ^ all
+    others; = (first, or after ^) means whole names instead of beginnings. Both signs stand before the whole list.
+    """
+    found, here = [], f"this machine has {', '.join(sorted(names))}"
+    asked = os.environ.get("GLOO_SOCKET_IFNAME", "")
+    wanted = [word.split(":")[0] for word in asked.split(",") if word]
+    if absent := [word for word in wanted if not any(name.startswith(word) for name in names)]:
+        what = f"GLOO_SOCKET_IFNAME names {', '.join(absent)}, {here}"
+        found.append(problem("network", what, "set GLOO_SOCKET_IFNAME to one of them, or unset it"))
+    asked = os.environ.get("NCCL_SOCKET_IFNAME", "")
+    listed = asked.removeprefix("^").removeprefix("=")
+    words = [word.split(":")[0] for word in listed.split(",") if word]
+    whole, others = asked.removeprefix("^").startswith("="), asked.startswith("^")
+    fitting = {n for n in names if any(n == word if whole else n.startswith(word) for word in words)}
+    if words and not (names - fitting if others else fitting):
+        what = f"NCCL_SOCKET_IFNAME is {asked!r:.200}, which leaves no network interface: {here}"
+        remedy = "set NCCL_SOCKET_IFNAME to one of them (^ before the list means all but these), or unset it"
+        found.append(problem("network", what, remedy))
+    return found
+
+
 def groups() -> list[Check]:
     """A real gloo group of one process, NCCL's presence, and network interfaces named in the environment."""
     import torch  # noqa: PLC0415
     import torch.distributed as dist  # noqa: PLC0415
     from torch.distributed import HashStore  # type: ignore[attr-defined]  # noqa: PLC0415
 
-    found = []
-    names = {name for _, name in socket.if_nameindex()}
-    for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
-        wanted = [w.lstrip("^=").split(":")[0] for w in os.environ.get(variable, "").split(",") if w]
-        if absent := [w for w in wanted if not any(n.startswith(w) for n in names)]:
-            what = f"{variable} names {', '.join(absent)}, this machine has {', '.join(sorted(names))}"
-            found.append(problem("network", what, f"set {variable} to one of them, or unset it"))
+    found = interfaces({name for _, name in socket.if_nameindex()})
     remedy = "name the network interface (export GLOO_SOCKET_IFNAME=eth0), and see that `hostname` is in /etc/hosts"
     hung = problem("gloo", f"a group of one process did not start within {_GROUP_S:.0f} s", remedy)
     if not (dist.is_available() and dist.is_gloo_available()):
