@@ -113,6 +113,29 @@ def patched(path: Path, name: str, field: int, form: str, value: int) -> None:
     path.write_bytes(data)
 
 
+def spoiled(path: Path, name: bytes, at: int) -> None:
+    """Turns bytes of a member's packed data."""
+    data = bytearray(path.read_bytes())
+    begin = data.index(name) + len(name) + at
+    data[begin : begin + 8] = b"\xff" * 8
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_labels_that_cannot_be_unpacked(tmp_path, method):
+    labels = json.dumps({"labels": [["a/0.png", 1]], "more": list(range(300))}).encode()
+    members = {"a/0.png": b"", "dataset.json": labels}
+    path = make_zip(tmp_path / "a.zip", members, method)
+    assert [i.label for i in ZipSource(path, labels=True).items()] == [1]
+    patched(path, "dataset.json", 8, "<H", 1)
+    with pytest.raises(UserError, match=r"dataset\.json in .*a\.zip cannot be unpacked: .*encrypted"):
+        ZipSource(path, labels=True)
+    spoiled(make_zip(path, members, method), b"dataset.json", 16)
+    with pytest.raises(UserError, match=r"dataset\.json in .*a\.zip cannot be unpacked: \w"):
+        ZipSource(path, labels=True)
+    assert len(ZipSource(path)) == 1
+
+
 def test_bombs_and_damage_are_skipped_pictures(tmp_path, monkeypatch):
     monkeypatch.setattr(zipped, "MAX_MEMBER_BYTES", 1 << 20)
     names = ["bomb", "cut", "encrypted", "large", "liar", "lzma", "other", "wrong"]
@@ -160,7 +183,9 @@ def test_archives_that_are_refused(tmp_path, monkeypatch):
     data = good.read_bytes()
     (tmp_path / "cut.zip").write_bytes(data[: len(data) // 2])
     (tmp_path / "text.zip").write_text("no zip")
-    for name in ("cut.zip", "text.zip"):
+    named = make_zip(tmp_path / "named.zip", {"é.png": b""}).read_bytes()
+    (tmp_path / "named.zip").write_bytes(named.replace("é".encode(), b"\xff\xfe"))  # said to be UTF-8
+    for name in ("cut.zip", "text.zip", "named.zip"):
         with pytest.raises(UserError, match="is no readable zip"):
             ZipSource(tmp_path / name)
     with pytest.raises(UserError, match="No such file"):

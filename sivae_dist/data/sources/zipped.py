@@ -10,6 +10,7 @@ from __future__ import annotations
 import bisect
 import json
 import os
+import struct
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -60,7 +61,7 @@ class ZipSource:
             with zipfile.ZipFile(self.root) as archive:
                 self._read_directory(archive)
                 self._label = self._labels(archive) if self.labels else None
-        except (zipfile.BadZipFile, EOFError, NotImplementedError) as error:
+        except (zipfile.BadZipFile, EOFError, NotImplementedError, ValueError, struct.error) as error:
             raise UserError(f"{self.root} is no readable zip: {error}", "copy or download it again") from None
         except OSError as error:
             raise UserError(f"{self.root} cannot be read: {error.strerror}", "give the zip file of pictures") from None
@@ -109,7 +110,7 @@ class ZipSource:
             where = f"{LABELS} in {self.root}"
             if (size := archive.getinfo(LABELS).file_size) > _MAX_LABELS_BYTES:
                 raise UserError(f"{where} has {size} bytes, more than {_MAX_LABELS_BYTES}", "shorten it")
-            found = _parsed(archive.read(LABELS), where)
+            found = _parsed(_unpacked(archive, where), where)
             if found is not None:
                 if lost := next((name for name in self._names if name not in found), None):
                     what = f"{where} has no label for {lost!r:.200}"
@@ -171,6 +172,21 @@ class ZipRecipe(Recipe):
 
 def _hidden(name: str) -> bool:
     return any(part.startswith(_HIDDEN) and part not in (".", "..") for part in name.split("/"))
+
+
+def _unpacked(archive: zipfile.ZipFile, where: str) -> bytes:
+    """The bytes of dataset.json. Raises UserError."""
+    try:
+        return archive.read(LABELS)
+    except MemoryError:
+        raise
+    except (
+        Exception
+    ) as error:  # RuntimeError where encrypted, zlib.error, LZMAError, OSError, EOFError, BadZipFile, ...
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        fix = "make the archive again, without a password, or drop --labels"
+        raise UserError(f"{where} cannot be unpacked: {str(error) or type(error).__name__:.300}", fix) from None
 
 
 def _parsed(data: bytes, where: str) -> dict[str, int] | None:
