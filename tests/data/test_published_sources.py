@@ -162,6 +162,43 @@ def test_celebahq_in_all_its_forms(tmp_path, form, first):
         CelebaHqRecipe(root=tmp_path).build()
 
 
+@pytest.mark.parametrize(
+    ("place", "names", "keys"),
+    [
+        ("CelebA-HQ-img", ("29000.jpg", "29999.jpg"), ("29000", "29999")),
+        ("CelebA-HQ-img", ("10000.jpg",), ("10000",)),
+        ("data1024x1024", ("10000.jpg", "29001.jpg"), ("09999", "29000")),
+        ("data128x128", ("29001.jpg",), ("29000",)),
+        ("celeba-1024", ("29001.jpg",), ("29000",)),
+        ("data1024x1024", ("00000.jpg", "29000.jpg"), ("00000", "29000")),  # no numbering from 1 has a 0
+        ("faces", ("imgHQ29000.png",), ("29000",)),
+        ("faces", ("00007.png", "29001.png"), ("00006", "29000")),
+        ("faces", ("7.png", "29000.png"), ("00007", "29000")),
+        ("faces", ("29001.png", "30000.png"), ("29000", "29999")),
+        ("faces", ("29000.png", "29999.png"), None),
+        ("faces", ("7.png", "00008.png"), None),
+    ],
+)
+@pytest.mark.parametrize("inside", [False, True], ids=["root", "folder"])
+def test_celebahq_in_part_keeps_its_numbers(tmp_path, place, names, keys, inside):
+    for number, name in enumerate(names):
+        save(tmp_path / place / name, number)
+    known = place in celebahq._FOLDERS and not inside
+    recipe = CelebaHqRecipe(root=tmp_path if known else tmp_path / place, partial=True)
+    if keys is None:
+        with pytest.raises(UserError, match="do not tell whether CelebA-HQ's first picture is 0 or 1") as raised:
+            recipe.build()
+        for title, first in (("CelebA-HQ-img", 0), ("data1024x1024", 1)):
+            assert title in raised.value.fix
+            link = tmp_path / str(first) / title
+            link.parent.mkdir()
+            link.symlink_to(tmp_path / place)  # either way to say it
+            numbers = [int(key) for key in splits(CelebaHqRecipe(root=link.parent, partial=True).build())]
+            assert numbers == sorted(int(name.partition(".")[0]) - first for name in names)
+    else:
+        assert splits(recipe.build()) == {key: "val" if int(key) >= 29000 else "train" for key in keys}
+
+
 def annotated(root: Path, attributes=("5_o_Clock_Shadow", "Male", "Smiling")) -> Path:
     for number in range(4):
         save(root / "CelebA-HQ-img" / f"{number}.jpg", number)

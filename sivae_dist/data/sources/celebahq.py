@@ -4,6 +4,7 @@ imgHQ00000.npy ... imgHQ29999.npy (or .png): what the published recipe of CelebA
 CelebA-HQ-img/0.jpg ... 29999.jpg: CelebAMask-HQ, with CelebA-HQ-to-CelebA-mapping.txt and
 CelebAMask-HQ-attribute-anno.txt.
 data1024x1024/00001.jpg ... 30000.jpg (also data512x512, data256x256): converted; one more than the numbers above.
+Which of the two numberings a folder has is told by its name, else by the names of its files (`_first_number`).
 
 Split: the first 29,000 for training, the last 1,000 held out. So IntroVAE (section 4.1: "the first 29,000 images as the
 training set and the rest 1,000 images as the testing set"), Soft-IntroVAE (configs/celeba-hq256.yaml: 29000 and 1000;
@@ -13,6 +14,7 @@ code takes the first 29,000 in the order of os.listdir, which differs from disk 
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +30,8 @@ MAPPING = "CelebA-HQ-to-CelebA-mapping.txt"
 ATTRIBUTES = "CelebAMask-HQ-attribute-anno.txt"
 _FOLDERS = ("CelebA-HQ-img", "data1024x1024", "celeba-1024", "data512x512", "data256x256")
 _NAME = re.compile(r"(?:imgHQ)?(\d{1,5})\.(?:npy|png|jpg|jpeg|webp)")
-_FROM_ONE = re.compile(r"\d{5}\.\w+")  # five digits and nothing before them
+_FROM_ZERO = "CelebA-HQ-img"
+_FROM_ONE = re.compile(r"data\d+x\d+|celeba-1024")
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,7 @@ class CelebaHqRecipe(Recipe):
                 f"CelebA-HQ-img/0.jpg to 29999.jpg, or data1024x1024/00001.jpg to 30000.jpg"
             )
             raise UserError(what, "give the folder that holds them")
-        first = _first_number(files)
+        first = _first_number(files, folder)
         files = {number - first: file for number, file in files.items()}
         check_complete(files, TOTAL, title="CelebA-HQ", folder=folder, partial=self.partial)
         facts: dict[int, dict[str, object]] = {number: {} for number in files}
@@ -81,10 +84,26 @@ class CelebaHqRecipe(Recipe):
         return label, (f"not {self.attribute}", self.attribute)
 
 
-def _first_number(files: dict[int, str]) -> int:
-    """The number of the first picture in this form: 1 for 00001.jpg ... 30000.jpg, else 0."""
-    from_one = all(_FROM_ONE.fullmatch(Path(file).name) for file in files.values())
-    return int(0 not in files and (from_one or TOTAL in files))
+def _first_number(files: dict[int, str], folder: Path) -> int:
+    """The number that the first of all pictures has in this form, be it there or not: 1 where 30000.jpg is the last.
+
+    Raises UserError where nothing tells: five digits without a leading zero, as of a part from 10000 on, say nothing,
+    and wrong numbers would mean other attributes, another split and another key for each picture.
+    """
+    names = [Path(file).name for file in files.values()]
+    if 0 in files or any(name.startswith("imgHQ") for name in names):
+        return 0
+    if (title := Path(os.path.abspath(folder)).name) == _FROM_ZERO:
+        return 0
+    if _FROM_ONE.fullmatch(title) or TOTAL in files:
+        return 1
+    filled = any(name.startswith("0") for name in names)
+    short = any(not name.startswith("0") and len(name.partition(".")[0]) < 5 for name in names)
+    if filled == short:
+        what = f"the names in {folder} do not tell whether CelebA-HQ's first picture is 0 or 1 there: {names[0]}, ..."
+        fix = f"call the folder {_FROM_ZERO} if they go from 0 to {TOTAL - 1}, data1024x1024 if from 1 to {TOTAL}"
+        raise UserError(what, fix)
+    return int(filled)
 
 
 def _beside(root: Path, folder: Path, name: str) -> list[str]:
