@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 
 import numpy as np
@@ -10,6 +11,9 @@ from drawn import draw_folder, picture
 from PIL import Image
 
 from sivae_dist.data.manifest import is_key
+from sivae_dist.data.pack import pack
+from sivae_dist.data.pack_shard import PackOptions
+from sivae_dist.data.sources import listing
 from sivae_dist.data.sources.folder import FolderSource
 from sivae_dist.errors import UserError
 
@@ -61,6 +65,65 @@ def test_labels_are_the_first_sub_folder(tmp_path):
     draw_folder(tmp_path, 1)
     with pytest.raises(UserError, match=r"0000\.png lies in no sub-folder"):
         list(source.items())
+
+
+def test_links_are_followed_and_lost_ones_are_said(tmp_path):
+    root, away = tmp_path / "root", tmp_path / "away"
+    draw_folder(root / "a", 1)
+    draw_folder(away / "deep", 2)
+    (root / "b").symlink_to(away)
+    (root / "c.png").symlink_to(away / "deep" / "0001.png")
+    (root / "gone.png").symlink_to(away / "none.png")
+    (root / "circle.png").symlink_to("circle.png")
+    (root / "through.png").symlink_to(away / "deep" / "0001.png" / "x")
+    (root / "disk").symlink_to("/nowhere/pictures")  # by its name a folder
+    (root / "notes.txt").symlink_to("/nowhere/notes.txt")
+    (root / "a" / "back").symlink_to(root)
+    (away / "self").symlink_to(away)
+    (away / "deep" / "up").symlink_to(away)
+    source = FolderSource(root)
+    assert [item.key for item in source.items()] == [
+        "c", "circle", "disk", "gone", "through", "a/0000", "b/deep/0000", "b/deep/0001",
+    ]  # fmt: skip
+    report = pack(source, tmp_path / "out", PackOptions(8), workers=1, progress=False)
+    nothing = "a link that leads to nothing"
+    assert dict(report.skipped) == dict.fromkeys(["circle", "disk", "gone", "through"], nothing)
+    assert report.manifest.splits()["train"]["samples"] == 4
+    (root / "around").symlink_to(tmp_path)
+    with pytest.raises(UserError, match=r"around is a link to .*, which holds .*root itself"):
+        list(source.items())
+
+
+def test_a_linked_class_is_one_and_a_lost_one_is_an_error(tmp_path):
+    root = draw_folder(tmp_path / "root" / "ant", 1).parent
+    draw_folder(tmp_path / "elsewhere" / "1", 1)
+    (tmp_path / "hidden").mkdir()
+    (tmp_path / "hidden" / "0.png").symlink_to("/nowhere.png")
+    (root / "bee").symlink_to(tmp_path / "elsewhere")
+    (root / "cat").symlink_to(tmp_path / "hidden")
+    (root / "self").symlink_to(".")
+    (root / "bee" / "back").symlink_to(root)
+    source = FolderSource(root, labels=True)
+    assert source.class_names == ("ant", "bee", "cat")
+    assert [(item.key, item.label) for item in source.items()] == [("ant/0000", 0), ("bee/1/0000", 1), ("cat/0", 2)]
+    (root / "dog").symlink_to("/nowhere/dog")
+    with pytest.raises(UserError, match=r"root/dog is a link that leads to nothing: a class may be missing"):
+        list(FolderSource(root, labels=True).items())
+
+
+def test_a_link_of_which_the_system_says_nothing_is_an_error(tmp_path, monkeypatch):
+    draw_folder(tmp_path / "away", 1)
+    (tmp_path / "link.png").symlink_to(tmp_path / "away" / "0000.png")
+    real = os.stat
+
+    def stale(path, *arguments, **options):
+        if str(path).endswith("link.png"):
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return real(path, *arguments, **options)
+
+    monkeypatch.setattr(listing.os, "stat", stale)
+    with pytest.raises(UserError, match=r"link\.png cannot be looked at: Stale file handle"):
+        list(FolderSource(tmp_path).items())
 
 
 def test_the_picture_is_opened_by_its_file_name(tmp_path):

@@ -104,6 +104,24 @@ def test_ffhq_that_is_not_whole(tmp_path, monkeypatch):
         FfhqRecipe(root=tmp_path, partial=True).build()
 
 
+def test_ffhq_behind_links(tmp_path):
+    away = draw_ffhq(tmp_path / "away", (0, 1000)) / "images1024x1024"
+    folder = tmp_path / "ffhq" / "images1024x1024"
+    folder.mkdir(parents=True)
+    (folder / "00000").symlink_to(away / "00000")
+    (folder / "01000").mkdir()
+    (folder / "01000" / "01000.png").symlink_to(away / "01000" / "01000.png")
+    recipe = FfhqRecipe(root=tmp_path / "ffhq", partial=True)
+    assert list(splits(recipe.build())) == ["00000", "01000"]
+    for lost in ("02000", "01000/01001.png", "03000.png"):
+        (folder / lost).symlink_to(tmp_path / "nowhere")
+        with pytest.raises(UserError, match=rf"has 1 links that lead to nothing, the first: .*/{lost}"):
+            recipe.build()
+        (folder / lost).unlink()
+    (folder / "README").symlink_to(tmp_path / "nowhere")
+    assert len(recipe.build()) == 2
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -15,7 +15,7 @@ from PIL import Image
 from sivae_dist.data.decode import MAX_PIXELS, open_image
 from sivae_dist.data.files import expanded
 from sivae_dist.data.sources.base import Item, Recipe, file_bytes
-from sivae_dist.data.sources.listing import SortedNames, Tell, entries, visible
+from sivae_dist.data.sources.listing import Kind, SortedNames, Tell, entered, entries, kind_of, listed, visible
 from sivae_dist.errors import UserError
 
 EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".pnm"})
@@ -25,8 +25,10 @@ _LONGEST_PLAIN_KEY = 90  # with an extension this still fits a tar header whole
 
 @dataclass
 class FolderSource:
-    """Every picture below `root`, by file extension; hidden files and folders are passed over, links to folders too.
+    """Every picture below `root`, by file extension; hidden files and folders are passed over.
 
+    Links are followed, to folders too, but for those back to a folder on the way. One that leads to nothing is an item
+    that cannot be opened, if its name is that of a picture or has no ending, as a folder's.
     labels: the first sub-folder of each picture is its class, numbered in order of name.
     """
 
@@ -46,7 +48,8 @@ class FolderSource:
         self.class_names: tuple[str, ...] = ()
         if self.labels:
             folders = visible(self.root, wanted=lambda _: False).folders
-            self.class_names = tuple(f for f in folders if _holds_pictures(self.root / f))
+            above = (os.path.realpath(self.root),)
+            self.class_names = tuple(f for f in folders if _holds_pictures(self.root / f, above))
             if not self.class_names:
                 raise UserError(f"{self.root} has no sub-folders with pictures to take labels from", "drop --labels")
         self._class = {name: number for number, name in enumerate(self.class_names)}
@@ -59,13 +62,18 @@ class FolderSource:
 
     def items(self) -> Iterator[Item]:
         """All pictures, folder by folder, in order of name. Memory: the names of one folder's files, as bytes."""
-        yield from self._walk("")
+        yield from self._walk("", ())
 
     def open(self, item: Item, resolution: int) -> Image.Image:
         """The picture, not yet decompressed. Raises UserError or OSError."""
+        if item.meta.get("lost"):
+            raise UserError("a link that leads to nothing", "mend or remove it")
         return open_image(file_bytes(self.root / str(item.meta["file"])), max_pixels=self.max_pixels)
 
-    def _walk(self, prefix: str) -> Iterator[Item]:
+    def _walk(self, prefix: str, above: tuple[str, ...]) -> Iterator[Item]:
+        here = entered(self.root / prefix, above)
+        if here is None:
+            return
         found = visible(self.root / prefix, is_picture, self.tell)
         if self.labels and prefix:
             label: int | None = self._class.get(prefix.partition("/")[0])
@@ -74,15 +82,20 @@ class FolderSource:
         shared = shared_stems(found.files)
         for file in found.files:
             path = prefix + file
+            lost = file in found.lost
+            if self.labels and label is None and lost:
+                what = f"{self.root / path} is a link that leads to nothing: a class may be missing"
+                raise UserError(what, "mend or remove it, or drop --labels")
             if self.labels and label is None:
                 what = f"{self.root / path} lies in no sub-folder, so it has no label"
                 raise UserError(what, "move it into the folder of its class, or drop --labels")
             stem = os.path.splitext(file)[0]
-            yield Item(safe_key(prefix + stem, path, unique=not shared(stem)), label=label, meta={"file": path})
+            meta: dict[str, object] = {"file": path, "lost": True} if lost else {"file": path}
+            yield Item(safe_key(prefix + stem, path, unique=not shared(stem)), label=label, meta=meta)
         folders = found.folders
         del found, shared  # before the sub-folders' names are held
         for folder in folders:
-            yield from self._walk(f"{prefix}{folder}/")
+            yield from self._walk(f"{prefix}{folder}/", here)
 
 
 @dataclass(frozen=True)
@@ -135,11 +148,15 @@ def _hash(name: str) -> int:
     return int.from_bytes(hashlib.blake2b(os.fsencode(name), digest_size=8).digest(), "big")
 
 
-def _holds_pictures(folder: Path) -> bool:
+def _holds_pictures(folder: Path, above: tuple[str, ...]) -> bool:
+    here = entered(folder, above)
+    if here is None:
+        return False
     below = []
     for entry in entries(folder):
-        if entry.is_dir(follow_symlinks=False):
+        kind = kind_of(entry)
+        if kind is Kind.FOLDER:
             below.append(folder / entry.name)
-        elif is_picture(entry.name) and entry.is_file():
+        elif listed(entry.name, kind, is_picture):
             return True
-    return any(map(_holds_pictures, below))
+    return any(_holds_pictures(path, here) for path in below)

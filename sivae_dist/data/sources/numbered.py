@@ -25,18 +25,30 @@ def find_numbered(folder: Path, pattern: re.Pattern[str], below: str | None = No
     """{number: path relative to `folder`} of its pictures, in order of number.
 
     pattern: matches whole file names; its first group is the number. Other files are passed over. below: a regular
-    expression for names of sub-folders to look into. Raises UserError when two pictures have one number, or a folder
-    cannot be listed.
+    expression for names of sub-folders to look into. Raises UserError when two pictures have one number, when one of
+    them, or such a sub-folder, is a link that leads to nothing, or a folder cannot be listed.
     """
+
+    def wanted(name: str) -> bool:
+        return pattern.fullmatch(name) is not None
+
     found: dict[int, str] = {}
-    for relative in ("", *(f for f in visible(folder).folders if below and re.fullmatch(below, f))):
-        for name in visible(folder / relative).files:
+    top = visible(folder, wanted)
+    inside = [name for name in top.folders if below and re.fullmatch(below, name)]
+    lost = [folder / name for name in sorted(top.lost) if wanted(name) or (below and re.fullmatch(below, name))]
+    for relative in ("", *inside):
+        listing = visible(folder / relative, wanted) if relative else top
+        lost += [folder / relative / name for name in sorted(listing.lost) if relative and wanted(name)]
+        for name in listing.files:
             if match := pattern.fullmatch(name):
                 path = f"{relative}/{name}" if relative else name
                 other = found.setdefault(int(match[1]), path)
                 if other != path:
                     what = f"{folder} has picture {int(match[1])} twice: {other} and {path}"
                     raise UserError(what, "keep one of them")
+    if lost:
+        what = f"{folder} has {len(lost)} links that lead to nothing, the first: {lost[0]}"
+        raise UserError(what, "mend or remove them")
     return dict(sorted(found.items()))
 
 
