@@ -144,7 +144,8 @@ count, folder = int(sys.argv[1]), Path(sys.argv[2])
 
 class Entry:
     def __init__(self, name): self.name = name
-    def is_dir(self, follow_symlinks): return False
+    def is_symlink(self): return False
+    def is_dir(self): return False
     def is_file(self): return True
 
 class Entries:
