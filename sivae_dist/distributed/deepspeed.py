@@ -52,6 +52,7 @@ class Zero(Strategy):
         clip_norm: float | None = None,
     ) -> None:
         super().__init__(players, optimizers, group, clip_norm=clip_norm)
+        self._device = _device_of(players)
         deepspeed = _library()
         self._engines: dict[str, Any] = {}
         self._scalars: dict[str, list[nn.Parameter]] = {}
@@ -108,6 +109,7 @@ class Zero(Strategy):
         local = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(own)))
         self.traffic.add(sum(gradient.nbytes for gradient in own), -(-sum(g.numel() for g in own) // _BUCKET))
         self._reductions.pop(name).__exit__(None, None, None)
+        self._wait_for_sums(name)
         gradients = self._shards(name)
         # DeepSpeed has taken their mean over ranks. (A loss times the number of ranks would give the sum, too, but
         # three times a number rounds in bfloat16, in every layer that the gradient passes.)
@@ -138,6 +140,16 @@ class Zero(Strategy):
         if zero.cpu_offload:
             return [flat.grad for flat in zero.single_partition_of_fp32_groups]
         return [part for group in zero.averaged_gradients.values() for part in group if part.numel()]
+
+    def _wait_for_sums(self, name: str) -> None:
+        """Waits until the sums are on the host: DeepSpeed lets them travel on, and waits itself only as it steps."""
+        zero = self._engines[name].optimizer
+        if not zero.cpu_offload or self._device.type != "cuda":
+            return
+        if hasattr(zero, "_wait_for_offload_copies"):  # 0.19.8; it knows the streams
+            zero._wait_for_offload_copies()
+        else:  # without overlap_comm, copies are on the stream of the rest
+            torch.cuda.current_stream(self._device).synchronize()
 
     def optimizer_state(self, name: str) -> ParameterStates:
         """See Strategy: whole tensors, gathered one by one. Without a second moment a parameter was never stepped."""
@@ -201,6 +213,11 @@ def settings(stage: int, *, offload: bool) -> dict[str, object]:
         "gradient_clipping": 0.0,
         "steps_per_print": 1 << 62,
     }
+
+
+def _device_of(players: Mapping[str, nn.Module]) -> torch.device:
+    """Where the players are."""
+    return next(parameter.device for player in players.values() for parameter in player.parameters())
 
 
 def _library() -> Any:
