@@ -30,8 +30,8 @@ def fused_adain_act(
     alpha: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `adain_act` with arguments taken to be right, by the kernels of x's device."""
-    if style is not None:
-        x = x.expand(len(style), -1, -1, -1)
+    if style is not None and len(style) != len(x):
+        x = x.expand(len(style), -1, -1, -1).contiguous(memory_format=layout(x))
     if noise is not None:
         noise = noise.expand(-1, -1, *x.shape[2:])
     noise, strength, bias, style = (None if t is None else _wide(t, x) for t in (noise, strength, bias, style))

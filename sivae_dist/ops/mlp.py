@@ -2,8 +2,8 @@
 
 On some processors the matrix products that torch chooses by itself (MKL's) reach less than half of what oneDNN's do,
 which torch ships as well but takes for float32 only where its compiler fuses. So the fast path calls oneDNN, adds the
-bias and the ReLU within the product, keeps one tensor a layer for the backward pass and skips what nobody asked for
-(gradients of frozen weights, the input's gradient).
+bias within the product, does the ReLU in place, keeps one tensor a layer for the backward pass and skips what nobody
+asked for (gradients of frozen weights, the input's gradient).
 """
 
 from __future__ import annotations
@@ -61,9 +61,10 @@ def _serves(x: Tensor, weights: Sequence[Tensor]) -> bool:
 def _product(a: Tensor, b: Tensor, bias: Tensor | None = None, *, relu: bool = False) -> Tensor:
     """a (M, K) b^T (K, N) + bias, then ReLU if asked for: (M, N). b: (N, K)."""
     if min(a.shape[0], a.shape[1], b.shape[0]) >= _THIN:
-        # The operator that torch's compiler emits for a linear layer and what follows it.
-        fused: Tensor = torch.ops.mkldnn._linear_pointwise(a, b, bias, "relu" if relu else "none", [], "")
-        return fused
+        # The operator that torch's compiler emits for a linear layer. It could do the ReLU as well, but oneDNN's makes
+        # 0 of what is no number: a model that has diverged would look like one that has not.
+        product: Tensor = torch.ops.mkldnn._linear_pointwise(a, b, bias, "none", [], "")
+        return product.relu_() if relu else product
     if bias is not None:
         thin = torch.addmm(bias, a, b.t())
         return thin.relu_() if relu else thin

@@ -76,12 +76,12 @@ def upfirdn2d_reference(
         if f is None:
             y = u[:, :, ::down_y, ::down_x] * gain
         else:
-            taps = (f.detach() * gain ** (f.ndim / 2)).to(u)
+            taps = f.detach().to(u)
             taps = taps if flip_filter else taps.flip(list(range(f.ndim)))
             if f.ndim == 2:
-                y = _correlate(u, taps, (down_y, down_x))
-            else:
-                y = _correlate(_correlate(u, taps[None, :], (1, down_x)), taps[:, None], (down_y, 1))
+                y = _correlate(u, gain * taps, (down_y, down_x))
+            else:  # the gain once, whatever its sign
+                y = _correlate(_correlate(u, gain * taps[None, :], (1, down_x)), taps[:, None], (down_y, 1))
         return finish(y, x)
 
 
@@ -102,7 +102,8 @@ def setup_filter(
 
     None is a single 1, a number a single tap. One-dimensional taps become their outer product unless `separable`, which
     is the default from 8 taps on. normalise: divided by the sum, so that a constant passes unchanged. gain: of the map,
-    so gain ** (dimensions / 2) for the array. Raises ValueError for an empty or higher-dimensional array.
+    so gain ** (dimensions / 2) for the array. Raises ValueError for an empty or higher-dimensional array, and for a
+    negative gain of a separable one, which is applied twice.
     """
     f = torch.as_tensor(1.0 if taps is None else taps, dtype=torch.float32)
     if f.ndim > 2 or not f.numel():
@@ -114,6 +115,8 @@ def setup_filter(
         f = torch.outer(f, f)
     if separable and f.ndim != 1:
         raise ValueError(f"taps of shape {tuple(f.shape)} cannot be separable, expected (taps,)")
+    if separable and gain < 0:
+        raise ValueError(f"gain {gain} of separable taps, expected one >= 0")
     f = f / f.sum() if normalise else f
     f = f.flip(list(range(f.ndim))) if flip else f
     return f * float(gain ** (f.ndim / 2))

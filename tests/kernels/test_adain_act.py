@@ -91,6 +91,8 @@ def test_one_sample_under_several_styles(lane: Lane) -> None:
     ):
         assert one.shape == other.shape
         close(one, other.double())
+    last = x.contiguous(memory_format=torch.channels_last)
+    assert adain_act(last, noise, strength, style=style)[0].is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=["nchw", "last"])

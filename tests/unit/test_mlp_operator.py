@@ -91,14 +91,27 @@ def test_a_second_derivative_is_refused() -> None:
 
 
 @pytest.mark.usefixtures("onednn")
+@pytest.mark.parametrize("rows", [4, 64])  # torch's products, oneDNN's
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_what_is_not_finite_goes_through(value: float) -> None:
-    weights, biases = chain([2, 32, 32, 2])
-    x = torch.randn(4, 2)
+def test_what_is_not_finite_goes_through(value: float, rows: int) -> None:
+    """Also through layers wide enough for oneDNN, whose own ReLU makes zeros of it: in values and gradients."""
+    weights, biases = chain([2, 32, 32, 32, 2])
+    x = torch.randn(rows, 2)
     x[1, 0] = value
     for function in (mlp, mlp_reference):
         finite = function(x, weights, biases).isfinite().all(1)
-        assert finite.tolist() == [True, False, True, True]
+        assert finite.tolist() == [row != 1 for row in range(rows)]
+    with torch.no_grad():
+        biases[2][5] = float("nan")
+    for parameter in (*weights, *biases):
+        parameter.requires_grad_()
+    gradients, x = [], torch.randn(rows, 2)
+    for function in (mlp, mlp_reference):
+        y = function(x, weights, biases)
+        assert not y.isfinite().any()
+        gradients.append(torch.autograd.grad(y.square().sum(), [*weights, *biases]))
+    for mine, theirs in zip(*gradients, strict=True):
+        assert torch.equal(mine.isfinite(), theirs.isfinite())
 
 
 @pytest.mark.usefixtures("onednn")

@@ -276,3 +276,14 @@ MAP, WEIGHT, STYLES = torch.zeros(2, 3, 4, 5), torch.zeros(6, 3, 3, 3), torch.ze
 def test_bad_arguments(call: Callable[[], Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         call()
+
+
+@pytest.mark.parametrize("gain", [-1.0, 0.0, 2.5])
+def test_the_gain_of_separable_taps_has_a_sign(gain: float) -> None:
+    x = torch.randn(2, 3, 6, 5, dtype=torch.float64)
+    taps = setup_filter([1, 2, 1], separable=True)
+    found = upfirdn2d(x, taps, padding=1, gain=gain)
+    torch.testing.assert_close(found, gain * upfirdn2d(x, taps, padding=1), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(found, upfirdn2d(x, taps.outer(taps), padding=1, gain=gain), rtol=1e-6, atol=1e-6)
+    with pytest.raises(ValueError, match="gain -1"):
+        setup_filter([1, 2, 1], gain=-1, separable=True)
