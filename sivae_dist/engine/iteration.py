@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -34,6 +35,9 @@ from sivae_dist.objectives import Draws, Objective, Phase, Terms
 Noise = Callable[[str], Tensor]
 Observer = Callable[[Phase, Terms], None]
 Drawn = Callable[[str, Tensor, Tensor], None]
+Split = Callable[
+    [Batch, int, int, int], list[Batch]
+]  # batch, number of parts, its first image, its images on all ranks
 
 
 @dataclass
@@ -57,8 +61,8 @@ class IterationReport:
 class Iteration:
     """Runs iterations of an objective on a model whose players a strategy trains.
 
-    seed and salt key the noise; the salt changes when a run has been rolled back. accumulation splits each rank's part
-    of a batch into that many micro-batches (batch-norm statistics are then those of a micro-batch over all ranks).
+    seed and salt key the noise; the salt changes when a run has been rolled back. accumulation splits the global batch
+    into that many micro-batches (batch-norm statistics are then those of a micro-batch over all ranks).
     decode_once: see `decoded`. Raises UserError for a strategy that cannot.
     """
 
@@ -85,6 +89,7 @@ class Iteration:
                 "set train.decode_once to False, or the strategy to ddp",
             )
         self.buffers = Buffers(model)
+        self.split: Split = by_place
         self.drawn: Drawn | None = None  # is told every draw of noise: name, positions (B,), value (B, ...)
 
     def __call__(
@@ -105,7 +110,7 @@ class Iteration:
         """
         self.model.train()
         report = IterationReport()
-        micro_batches = _split(batch, self.accumulation)
+        micro_batches = self.split(batch, self.accumulation, nimg, global_batch)
         carries: list[dict[str, Tensor]] = [{} for _ in micro_batches]
         kept = [Decoded(self.model.decoder) if self.decode_once else None for _ in micro_batches]
         for phase in self.objective.phases(nimg):
@@ -182,17 +187,37 @@ def one_hot(label: Tensor | None, classes: int, like: Tensor) -> Tensor | None:
     return nn.functional.one_hot(label, classes).to(like.dtype)
 
 
-def _split(batch: Batch, parts: int) -> list[Batch]:
-    """`parts` micro-batches of nearly equal size; some may be empty, the number is the same on every rank."""
+def by_place(batch: Batch, parts: int, first: int, size: int) -> list[Batch]:
+    """This rank's samples of each of `parts` micro-batches of the global batch of `size` images from number `first` on.
+
+    A sample's place in the global batch decides, so that what a micro-batch is made of does not depend on the number
+    of ranks: batch statistics, and whatever else an objective asks of all its images, do not either. Parts are nearly
+    equal; a rank's may be empty, their number is the same on every rank. Raises ValueError for samples that are not in
+    the batch.
+    """
     if parts == 1:
         return [batch]
+    place = batch.position.cpu() - first
+    if len(place) and not 0 <= int(place.min()) <= int(place.max()) < size:
+        raise ValueError(f"positions {batch.position.tolist()}, expected {first} to {first + size - 1}")
+    ends = torch.tensor([len(part) for part in torch.arange(size).tensor_split(parts)]).cumsum(0)
+    part = torch.bucketize(place, ends, right=True)
+    counts = part.bincount(minlength=parts).tolist()
+    x, position, label = batch.x, batch.position, batch.label
+    if bool((part.diff() < 0).any()):  # streams give them in order
+        order = part.argsort(stable=True).to(x.device)
+        x, position, label = x[order], position[order], None if label is None else label[order]
+    labels = torch.split(label, counts) if label is not None else [None] * parts
+    pieces = zip(torch.split(x, counts), torch.split(position, counts), labels, strict=True)
+    return [Batch(*piece) for piece in pieces]
+
+
+def evenly(batch: Batch, parts: int, *_: int) -> list[Batch]:
+    """The same for tensors without values, whose places nobody knows: what `by_place` gives a rank that owns every so
+    many-th sample, up to one."""
     labels = batch.label.tensor_split(parts) if batch.label is not None else [None] * parts
-    return [
-        Batch(x, position, label)
-        for x, position, label in zip(
-            batch.x.tensor_split(parts), batch.position.tensor_split(parts), labels, strict=True
-        )
-    ]
+    pieces = zip(batch.x.tensor_split(parts), batch.position.tensor_split(parts), labels, strict=True)
+    return [Batch(*piece) for piece in pieces]
 
 
 @contextmanager

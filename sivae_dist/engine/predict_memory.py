@@ -32,7 +32,7 @@ from sivae_dist.distributed.replicated import Replicated
 from sivae_dist.distributed.sync_batch_norm import synchronise_batch_norm
 from sivae_dist.engine.config import RunConfig
 from sivae_dist.engine.ema import Ema
-from sivae_dist.engine.iteration import Iteration
+from sivae_dist.engine.iteration import Iteration, evenly
 from sivae_dist.engine.loss_scale import LossScales
 from sivae_dist.engine.precision import Dtype, Precision
 from sivae_dist.engine.storages import Storages, bytes_of
@@ -115,6 +115,7 @@ def follow(case: Case, iterations: int = 1) -> Prediction:
             scales=LossScales(enabled=case.dtype == "fp16"),
             decode_once=config.train.decode_once,
         )
+        iteration.split = evenly
         batch = _batch(config, model, -(-case.images // accumulation) * passes)
         waiting = max(0, case.images - len(batch)) * batch.x[:1].nbytes  # images of the micro-batches left out
 

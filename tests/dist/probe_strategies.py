@@ -117,9 +117,7 @@ class Training:
     def __init__(self, cell: Cell, group: Group, seed: int) -> None:
         torch.manual_seed(seed)
         if cell.network.startswith("residual"):
-            # Batch statistics are those of a micro-batch, whose images depend on the number of ranks.
-            norm = "batch" if cell.accumulation == 1 else "group"
-            model = ResidualConfig(image_size=12, channels=(4, 6), zdim=5, norm=norm).build()  # type: ignore[arg-type]
+            model = ResidualConfig(image_size=12, channels=(4, 6), zdim=5, norm="batch").build()
         else:
             model = (StyleConfig if cell.network == "style" else ModulatedConfig).tiny().build()
             # Of three: the finest is used by no rank.

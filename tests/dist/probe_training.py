@@ -33,7 +33,9 @@ SIZE = 12
 CASES = {
     # name: (objective, norm, accumulation, global batch). 7 and 1 do not divide by 2 or 3; 1 leaves ranks without data.
     "soft": (SoftIntroVaeConfig(beta_neg=4.0, gamma_r=0.5), "batch", 1, 7),
-    "soft-accumulated": (SoftIntroVaeConfig(beta_neg=4.0, gamma_r=0.5), "group", 3, 7),
+    "soft-accumulated": (SoftIntroVaeConfig(beta_neg=4.0, gamma_r=0.5), "batch", 3, 7),
+    "introvae-accumulated": (IntroVaeConfig(margin=1.0, beta_rec=0.3), "batch", 3, 8),
+    "style-accumulated": (SoftIntroVaeConfig(beta_neg=4.0, decoder_z="reencode", draws="fresh"), "style", 3, 7),
     "soft-one-image": (SoftIntroVaeConfig(beta_neg=4.0), "group", 1, 1),
     "soft-empty-micro-batches": (SoftIntroVaeConfig(beta_neg=4.0), "batch", 3, 1),
     "introvae": (IntroVaeConfig(margin=1.0, beta_rec=0.3), "batch", 1, 7),

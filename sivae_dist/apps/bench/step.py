@@ -139,7 +139,7 @@ def _start(config: RunConfig, place: str, threads: int) -> Callable[[int], Block
     )
     ema = Ema(config.ema, model)
     label = torch.zeros(train.batch, dtype=torch.int64, device=device) if model.condition_dim else None
-    batch = Batch(x, torch.arange(train.batch, device=device), label)
+    batch = Batch(x, AFTER_WARMUP + torch.arange(train.batch, device=device), label)
 
     def block(count: int) -> Block:
         _wait(device)
