@@ -102,7 +102,7 @@ def _networks(config: RunConfig, resolutions: Sequence[int]) -> Iterator[tuple[A
 
 def table(found: Sequence[Row]) -> str:
     """Aligned text, sizes in GiB."""
-    phases = list(dict.fromkeys(name for row in found for name in row.bytes.phases if name != "steps"))
+    phases = list(dict.fromkeys(name for row in found for name in row.bytes.phases if name not in {"images", "steps"}))
     head = [
         "architecture",
         "pixels",
@@ -113,13 +113,15 @@ def table(found: Sequence[Row]) -> str:
         "gradients",
         "optimizer",
         "average",
+        "data",
     ]
     lines = [[*head, *(f"in {name}" for name in phases), "total"]]
     for row in found:
         b = row.bytes
         images = str(row.images) if row.micro_batches == 1 else f"{row.images} in {row.micro_batches}"
         again = {None: "none", 0: "all"}.get(row.recompute_from, f"from {row.recompute_from}")
-        sizes = [b.weights, b.gradients, b.optimizer, b.average, *(b.phases.get(name) for name in phases), b.total]
+        held = [b.weights, b.gradients, b.optimizer, b.average, b.data]
+        sizes = [*held, *(b.phases.get(name) for name in phases), b.total]
         resolution = str(row.resolution) if row.resolution else "-"
         lines.append(
             [row.architecture, resolution, row.precision, again, images]

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sivae_dist.data.base import HostBatch
+from sivae_dist.data.base import HostBatch, resized
 from sivae_dist.data.decode import open_image, prepare
 from sivae_dist.data.files import expanded
 from sivae_dist.data.manifest import FILE_NAME
@@ -19,7 +19,6 @@ from sivae_dist.data.shard_read import ShardReader, load_manifest
 from sivae_dist.data.sources.folder import FolderSource
 from sivae_dist.data.store import Access, open_store
 from sivae_dist.engine.load import Noise, Trained
-from sivae_dist.engine.progressive import resized
 from sivae_dist.errors import UserError
 
 

@@ -10,9 +10,10 @@ from typing import Literal
 from sivae_dist.errors import UserError
 
 NOTE = """\
-GiB of one process. weights, gradients, optimizer, average (EMA); "in PHASE": what else is alive at the peak of that
-phase (activations, images); total: the highest peak. Not included: workspaces of convolutions, slack of the memory
-allocator, the device's own context. recompute: train.recompute_from."""
+GiB of one process. weights, gradients, optimizer, average (EMA); data: bytes of the next batch, at the data's own
+resolution; "in PHASE": what else is alive at the peak of that phase (activations, images); total: the highest peak. Not
+included: workspaces of convolutions, slack of the memory allocator, the device's own context. recompute:
+train.recompute_from."""
 
 
 def memory(

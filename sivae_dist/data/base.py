@@ -12,9 +12,12 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from sivae_dist.data.augment import Drawn
 from sivae_dist.data.faults import Report
+
+SLICE_BYTES = 64 << 20  # of floating point numbers, when pictures are averaged down; at least one picture
 
 
 @dataclass
@@ -76,23 +79,61 @@ class HostBatch:
         *,
         dtype: torch.dtype = torch.float32,
         memory_format: torch.memory_format = torch.contiguous_format,
+        size: int | None = None,
+        slice_bytes: int | None = SLICE_BYTES,
     ) -> Batch:
-        """Moves the bytes, then augments and scales 0..255 to `input_range` there: a quarter of the traffic."""
-        x = self.data.to(device, non_blocking=True)
-        if self.augment is not None:
-            x = self.augment.move(x)
+        """Moves the bytes, then augments and scales 0..255 to `input_range` there: a quarter of the traffic.
+
+        size: pixels a side to which pictures are then averaged down, some of them at a time: so many bytes of numbers
+        at the size of the data never lie there all at once. The result is the same for all slice_bytes; None: in one
+        piece, which is the reference.
+        """
+        label = None if self.label is None else self.label.to(device, non_blocking=True)
+        position = self.position.to(device, non_blocking=True)
+
+        def pictures(rows: slice) -> Tensor:
+            return self._pictures(rows, device, input_range, dtype, memory_format)
+
+        whole = slice(0, len(self.data))
+        if size is None or self.data.dim() != 4 or self.data.shape[-1] == size:
+            return Batch(pictures(whole), position, label)
+        if slice_bytes is None:
+            return Batch(resized(pictures(whole), size), position, label)
+        shape = (*self.data.shape[:2], size, size)
+        x = torch.empty(shape, dtype=dtype, device=device, memory_format=memory_format)
+        step = max(1, slice_bytes // (self.data[:1].numel() * dtype.itemsize or 1))
+        for start in range(0, len(x), step):
+            rows = slice(start, start + step)
+            x[rows] = resized(pictures(rows), size)
+        return Batch(x, position, label)
+
+    def _pictures(
+        self,
+        rows: slice,
+        device: torch.device,
+        input_range: tuple[float, float] | None,
+        dtype: torch.dtype,
+        memory_format: torch.memory_format,
+    ) -> Tensor:
+        """Some of them on the device, augmented and scaled."""
+        augment = None if self.augment is None else self.augment.part(rows)
+        x = self.data[rows].to(device, non_blocking=True)
+        if augment is not None:
+            x = augment.move(x)
         if not x.is_floating_point():
             low, high = input_range or (0.0, 1.0)
             # In one pass to the number format and to the layout of the model: pictures come channels last.
             x = x.to(dtype, memory_format=memory_format if x.dim() == 4 else torch.preserve_format)
             x = x.mul_((high - low) / 255.0).add_(low) if (low, high) != (0.0, 1.0) else x.div_(255.0)
         x = x.to(dtype)
-        if self.augment is not None:
-            x = self.augment.colour(x)
-        if x.dim() == 4:
-            x = x.contiguous(memory_format=memory_format)
-        label = None if self.label is None else self.label.to(device, non_blocking=True)
-        return Batch(x, self.position.to(device, non_blocking=True), label)
+        if augment is not None:
+            x = augment.colour(x)
+        return x.contiguous(memory_format=memory_format) if x.dim() == 4 else x
+
+
+def resized(x: Tensor, size: int) -> Tensor:
+    """Images (B, C, H, W) area-averaged to `size` pixels a side, a whole fraction of H; unchanged at that size."""
+    return x if x.shape[-1] == size else functional.avg_pool2d(x, x.shape[-1] // size)
 
 
 class Stream(Protocol):

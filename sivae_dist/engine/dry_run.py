@@ -2,13 +2,14 @@
 
 Nothing is written. Memory per process is predicted as
 
-    weights + gradients + optimizer + average + activations + communication
+    weights + gradients + optimizer + average + data + activations + communication
 
 with weights and average: parameters and buffers; gradients: all parameters (one player's stay while the other trains);
-optimizer: its state after a step; activations: the most that a phase's tensors held besides these, measured on a real
-batch (`sivae-dist memory` tells it without any); communication: one bucket of gradients, with several ranks. Workspaces
-of convolution libraries and the slack of the memory allocator come on top; on CUDA devices the measured peak stands
-beside the prediction.
+optimizer: its state after a step; data: the bytes of a batch at the data's own resolution (the next one's, while this
+one is trained on); activations: the most that a phase's tensors held besides these, measured on a real batch
+(`sivae-dist memory` tells it without any), both of the stage where they come to most; communication: one bucket of
+gradients, with several ranks. Workspaces of convolution libraries and the slack of the memory allocator come on top; on
+CUDA devices the measured peak stands beside the prediction.
 FLOPs are those torch counts in a phase's forward and backward passes (a multiply-add is two).
 """
 
@@ -92,13 +93,15 @@ def sizes(trainer: Trainer, stages: list[Stage]) -> dict[str, int]:
     parameters = _bytes(model.parameters())
     states = [value for o in trainer.optimizers.values() for s in o.state.values() for value in s.values()]
     distributed = trainer.config.distributed
+    worst = max(stages, key=lambda stage: stage.data + stage.activations)
     largest = max(_bytes(player.parameters()) for player in (model.encoder, model.decoder))
     return {
         "weights": parameters + _bytes(model.buffers()),
         "gradients": parameters,
         "optimizer": _bytes(v for v in states if isinstance(v, Tensor)),
         "average": _bytes(trainer.ema.model.state_dict().values()),
-        "activations": max(phase.activations for stage in stages for phase in stage.phases),
+        "data": worst.data,
+        "activations": worst.activations,
         # With overlap the sums of all buckets are under way at once.
         "communication": (largest if distributed.overlap else min(int(distributed.bucket_mib * 2**20), largest))
         if trainer.group.ranks > 1

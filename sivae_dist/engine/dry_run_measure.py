@@ -20,13 +20,16 @@ if TYPE_CHECKING:
 
 @dataclass
 class PhaseCost:
-    """One phase of this rank. seconds: of its passes and the optimizer step before it."""
+    """One phase of this rank. seconds: of its passes and the optimizer step before it.
+
+    activations: bytes, with the images of the batch.
+    """
 
     name: str
     trains: tuple[str, ...]
     loss: float
     flops_per_image: float
-    activations: int  # bytes
+    activations: int
     seconds: float = 0.0
 
 
@@ -41,13 +44,24 @@ class Stretch:
 
 @dataclass
 class Stage:
-    """A stretch, measured. seconds: of one iteration; images: of this rank's part of a batch; pixels: a side."""
+    """A stretch, measured. seconds: of one iteration; images: of this rank's part of a batch, (C, H, W) each.
+
+    data:      bytes of a batch as it comes, at the data's own resolution
+    preparing: bytes besides those while it becomes the images of the level
+    """
 
     stretch: Stretch
     phases: list[PhaseCost]
     seconds: float
     images: int
     shape: tuple[int, ...]
+    data: int
+    preparing: int
+
+    @property
+    def activations(self) -> int:
+        """Of the worst moment."""
+        return max([self.preparing, *(phase.activations for phase in self.phases)])
 
 
 def stretches_of(trainer: Trainer) -> Iterator[Stretch]:
@@ -76,11 +90,15 @@ def measured(trainer: Trainer, stretch: Stretch) -> Stage:
     trainer.growing.enter(stretch.first)
     host_batch = next(trainer.stream.batches(stretch.first, stretch.size))
     trainer.stream.close()
-    batch = host_batch.to(trainer.device, trainer.model.input_range, memory_format=trainer.layout)
-    batch = trainer.growing.prepare(batch, stretch.first)
+    data = host_batch.data.nbytes if host_batch.data.dim() == 4 else 0
+    host_batch = host_batch.on(trainer.device)
+    with Storages() as storages:
+        batch = trainer.growing.prepare(host_batch, stretch.first, trainer.device, trainer.layout)
+        preparing = storages.take_peak() - storages.now + batch.x.nbytes
+    del host_batch
     phases = _costs(trainer, batch, stretch)
     seconds = _seconds(trainer, batch, stretch, phases)
-    return Stage(stretch, phases, seconds, len(batch), tuple(batch.x.shape[1:]))
+    return Stage(stretch, phases, seconds, len(batch), tuple(batch.x.shape[1:]), data, preparing)
 
 
 def _costs(trainer: Trainer, batch: Batch, stretch: Stretch) -> list[PhaseCost]:
@@ -91,7 +109,8 @@ def _costs(trainer: Trainer, batch: Batch, stretch: Stretch) -> list[PhaseCost]:
     def observe(phase: Phase, terms: Terms) -> None:
         flops = counter.get_total_flops() - sum(int(c.flops_per_image) for c in costs)
         # What is left now stays after the phase: gradients, and the optimizer state of earlier phases.
-        costs.append(PhaseCost(phase.name, phase.trains, 0.0, flops, storages.take_peak() - storages.now))
+        activations = storages.take_peak() - storages.now + batch.x.nbytes
+        costs.append(PhaseCost(phase.name, phase.trains, 0.0, flops, activations))
 
     with counter, storages:
         out = trainer.iteration(batch, nimg=stretch.first, global_batch=stretch.size, observe=observe)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -12,12 +12,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sivae_dist import counters
-from sivae_dist.data import Batch, Stream
+from sivae_dist.data import Batch, HostBatch, Stream
 from sivae_dist.distributed.group import Group
 from sivae_dist.engine.draws import own_draws
 from sivae_dist.engine.iteration import one_hot
 from sivae_dist.engine.precision import Drawing, Precision
-from sivae_dist.engine.progressive import resized
 from sivae_dist.errors import UserError
 from sivae_dist.evaluation.grids import grid
 from sivae_dist.evaluation.reconstruction import psnr
@@ -99,7 +98,7 @@ class Evaluator:
 
         The current model's BN statistics are those of training; both models are judged in evaluation mode.
         """
-        batch = at_level(self.host_batches[0].to(self.device, averaged.input_range), averaged)
+        batch = self._batch(self.host_batches[0], averaged)
         x = batch.x[:columns]
         condition = one_hot(batch.label, averaged.condition_dim, batch.x)
         condition = condition[:columns] if condition is not None else None
@@ -129,7 +128,11 @@ class Evaluator:
 
     def _batches(self, model: Autoencoder) -> Iterator[Batch]:
         """One batch at a time on the device; the bytes stay on the host."""
-        return (at_level(batch.to(self.device, model.input_range), model) for batch in self.host_batches)
+        return (self._batch(batch, model) for batch in self.host_batches)
+
+    def _batch(self, host_batch: HostBatch, model: Autoencoder) -> Batch:
+        """At the resolution the model works at: that of the data, or a coarser one while it grows."""
+        return host_batch.to(self.device, model.input_range, size=model.sample_shape[-1])
 
     def _mean_image(self, model: Autoencoder) -> Tensor:
         total = torch.zeros(model.sample_shape, dtype=torch.float64, device=self.device)
@@ -150,11 +153,6 @@ class Evaluator:
     def _z_prior(self, model: Autoencoder, batch: Batch) -> Tensor:
         key = counters.key(self.seed, "grid", "prior")
         return model.prior.sample(counters.normal(key, batch.position, model.prior.shape, batch.x.dtype))
-
-
-def at_level(batch: Batch, model: Autoencoder) -> Batch:
-    """The batch at the resolution the model works at: that of the data, or a coarser one while it grows."""
-    return replace(batch, x=resized(batch.x, model.sample_shape[-1])) if batch.x.dim() == 4 else batch
 
 
 def _range(model: Autoencoder) -> tuple[float, float]:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from sivae_dist.data import Batch
+import torch
+
+from sivae_dist.data import Batch, HostBatch
 from sivae_dist.distributed.strategy import Strategy
-from sivae_dist.engine.progressive import GrowthConfig, Stage, blended, resized
+from sivae_dist.engine.progressive import GrowthConfig, Stage, blended
 from sivae_dist.errors import UserError
 from sivae_dist.models import Autoencoder
 from sivae_dist.objectives import Objective
@@ -59,13 +61,18 @@ class Growing:
         if self.strength is not None and self.strength.name == "beta_neg":
             self.strength.value = stage.beta_neg
 
-    def prepare(self, batch: Batch, nimg: int) -> Batch:
-        """The batch at the stage's resolution, its details faded in."""
-        stage = self.stage(nimg)
-        if stage is None:
-            return batch
-        x = resized(batch.x, self.models[0].sample_shape[-1])
-        return replace(batch, x=blended(x, stage.blend))
+    def prepare(
+        self,
+        host_batch: HostBatch,
+        nimg: int,
+        device: torch.device,
+        memory_format: torch.memory_format = torch.contiguous_format,
+    ) -> Batch:
+        """The batch on the device, at the stage's resolution, its details faded in."""
+        model, stage = self.models[0], self.stage(nimg)
+        size = model.sample_shape[-1] if stage is not None else None
+        batch = host_batch.to(device, model.input_range, memory_format=memory_format, size=size)
+        return batch if stage is None else replace(batch, x=blended(batch.x, stage.blend))
 
     def lr(self, nimg: int) -> float | None:
         """Learning rate of both players, None where the section `optim` decides."""

@@ -4,11 +4,12 @@ The real training step (`Iteration`: the objective's phases, backward passes, op
 fake tensors, which have shapes and types but no values, while `Storages` follows what is alive. So views, what autograd
 saves and when it lets go, micro-batches, autocast and recomputed blocks are those of the real run. Its parts:
 
-    total = weights + gradients + optimizer + average + activations
+    total = weights + gradients + optimizer + average + data + activations
 
 weights, average: parameters and buffers; gradients: of all parameters, since one player's stay while the other trains;
-optimizer: its state; activations: everything else that is alive at the peak of the worst phase (what autograd keeps,
-maps that are being computed, the images of the batch).
+optimizer: its state; data: the bytes of a batch of pictures at the data's own resolution, those of the next one while
+this one is trained on (as on a CUDA device); activations: everything else that is alive at the peak of the worst phase
+(what autograd keeps, maps that are being computed, the images of the batch), or while the images are prepared.
 
 Not included: workspaces that convolutions allocate for themselves, the slack and fragmentation of the memory allocator,
 the device's own context (some hundred MiB on CUDA), evaluation and pictures, which keep nothing for a backward pass.
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sivae_dist.data import Batch
+from sivae_dist.data import Batch, HostBatch
 from sivae_dist.distributed.group import Group
 from sivae_dist.distributed.replicated import Replicated
 from sivae_dist.distributed.sync_batch_norm import synchronise_batch_norm
@@ -67,7 +68,9 @@ class Prediction:
     """Bytes; see the module's formula.
 
     resolution: pixels a side; 0 for points.
-    phases:     name -> activations at the peak of that phase; "steps": of the last step and the averaging.
+    data:       0 for points, which come as they are
+    phases:     name -> activations at the peak of that phase; "images": while they are prepared; "steps": of the last
+                step and the averaging
     """
 
     resolution: int
@@ -75,6 +78,7 @@ class Prediction:
     gradients: int
     optimizer: int
     average: int
+    data: int
     total: int
     phases: dict[str, int] = field(default_factory=dict)
 
@@ -116,11 +120,16 @@ def follow(case: Case, iterations: int = 1) -> Prediction:
             decode_once=config.train.decode_once,
         )
         iteration.split = evenly
-        batch = _batch(config, model, -(-case.images // accumulation) * passes)
-        waiting = max(0, case.images - len(batch)) * batch.x[:1].nbytes  # images of the micro-batches left out
+        storages.take_peak()
+        # From where it has become the batch on, the bytes stand for those of the next one, on its way meanwhile.
+        host_batch = _host_batch(model, -(-case.images // accumulation) * passes)
+        batch = _batch(config, model, host_batch)
+        bytes_each = host_batch.data[:1].nbytes if host_batch.data.dtype == torch.uint8 else 0
+        left_out = max(0, case.images - len(batch))  # images of the micro-batches left out
+        waiting = left_out * (batch.x[:1].nbytes + bytes_each)
 
         # The peak of each phase, and what there was of gradients and optimizer state at its end.
-        peaks: dict[str, tuple[int, int]] = {}
+        peaks: dict[str, tuple[int, int]] = {"images": (storages.take_peak(), 0)}
 
         def lasting() -> dict[str, int]:
             gradients = bytes_of(p.grad for p in model.parameters() if p.grad is not None)
@@ -139,6 +148,7 @@ def follow(case: Case, iterations: int = 1) -> Prediction:
             "weights": bytes_of([*model.parameters(), *model.buffers()]),
             "average": bytes_of([*ema.model.parameters(), *ema.model.buffers()]),
             **(left := lasting()),
+            "data": (len(batch) + left_out) * bytes_each,
         }
         peaks["steps"] = storages.take_peak(), sum(left.values())
     # From the second iteration on every phase begins with all gradients but its own, and with all optimizer state.
@@ -171,12 +181,18 @@ def _model(case: Case, group: Group) -> Autoencoder:
     return model
 
 
-def _batch(config: RunConfig, model: Autoencoder, images: int) -> Batch:
-    x = torch.rand(images, *model.sample_shape)
-    if x.dim() == 4:
-        x = x.contiguous(memory_format=_layout(config))
+def _host_batch(model: Autoencoder, images: int) -> HostBatch:
+    """Pictures of the data's resolution, which is the model's finest, as bytes; points as they are."""
+    shape = (images, *model.finest_shape)
+    data = torch.randint(0, 256, shape, dtype=torch.uint8) if len(shape) == 4 else torch.rand(shape)
     label = torch.zeros(images, dtype=torch.int64) if model.condition_dim else None
-    return Batch(x, torch.arange(images), label)
+    return HostBatch(data, torch.arange(images), label)
+
+
+def _batch(config: RunConfig, model: Autoencoder, host_batch: HostBatch) -> Batch:
+    """As the trainer prepares it."""
+    size = model.sample_shape[-1]
+    return host_batch.to(torch.device("cpu"), model.input_range, memory_format=_layout(config), size=size)
 
 
 def _layout(config: RunConfig) -> torch.memory_format:

@@ -103,11 +103,6 @@ class GrowthConfig:
         return last * _images(self.level_kimg) + (_images(self.fade_kimg) if last else 0) + 1
 
 
-def resized(x: Tensor, size: int) -> Tensor:
-    """Images (B, C, H, W) area-averaged to `size` pixels a side, a whole fraction of H; unchanged at that size."""
-    return x if x.shape[-1] == size else functional.avg_pool2d(x, x.shape[-1] // size)
-
-
 def blended(x: Tensor, blend: float) -> Tensor:
     """Images (B, C, H, W) with their details faded in: blend x + (1 - blend) x at half the resolution."""
     if blend == 1:

@@ -204,8 +204,8 @@ class Trainer:
                         break
                     self.clock.data_arrived()
                     growing.enter(self.nimg)
-                    batch = host_batch.to(self.device, self.model.input_range, memory_format=self.layout)
-                    batch = growing.prepare(batch, self.nimg)
+                    batch = growing.prepare(host_batch, self.nimg, self.device, self.layout)
+                    del host_batch  # its bytes make room for those of the next one
                     rates = config.optim.apply(self.optimizers, self.nimg, growing.lr(self.nimg))
                     size = growing.size(self.nimg)
                     look = self.prints.look(batch) if self.prints.due(self.nimg + size, size) else None

@@ -17,9 +17,12 @@ from running import sivae_dist as run_command
 import sivae_dist
 from sivae_dist.engine import checkpoint
 from sivae_dist.engine.config import from_dict
+from sivae_dist.engine.dry_run import sizes
+from sivae_dist.engine.dry_run_measure import measured, stretches_of
 from sivae_dist.engine.judge import judge
 from sivae_dist.engine.notes import unused
 from sivae_dist.engine.progressive import GrowthConfig
+from sivae_dist.engine.trainer import Trainer
 from sivae_dist.errors import UserError
 
 # Levels of 4, 8 and 16 px begin at 0, 120 and 240 images; 60 images of fade; batches 12, 8 and 6.
@@ -117,6 +120,17 @@ def test_evaluated_below_its_full_size_on_a_pyramid(grown: Path, tmp_path: Path)
         found[name], picture = judge(run, images=16)
         assert picture.is_file()
     assert found["level"] == found["pyramid"]
+
+
+def test_a_rehearsal_counts_the_pictures_as_they_come(shards: Path, tmp_path: Path) -> None:
+    trainer = Trainer(from_dict(growing(shards), "test"), tmp_path / "run", "never", writes=False)
+    stage = measured(trainer, next(stretches_of(trainer)))
+    assert stage.shape == (3, 4, 4) and stage.data == 12 * 3 * 16 * 16
+    assert stage.preparing >= 12 * (3 * 4 * 4 * 4 + 3 * 16 * 16 * 4)  # one slice is enough for so little
+    assert sizes(trainer, [stage])["data"] == stage.data
+    levels = [replace(stage, data=100), stage, replace(stage, preparing=1 << 30)]
+    parts = sizes(trainer, levels)
+    assert (parts["data"], parts["activations"]) == (stage.data, 1 << 30)  # of one level, not the most of each
 
 
 def test_settings_that_growth_replaces_are_told(shards: Path) -> None:

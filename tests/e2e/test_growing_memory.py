@@ -13,7 +13,7 @@ from test_growing import growing
 
 import sivae_dist
 from sivae_dist import counters
-from sivae_dist.data import Batch
+from sivae_dist.data import HostBatch
 from sivae_dist.distributed.replicated import Replicated
 from sivae_dist.engine.config import from_dict
 from sivae_dist.engine.ema import Ema
@@ -53,7 +53,7 @@ class Grown:
             self.growing.enter(start)
             position = torch.arange(start, start + 4)
             x = counters.normal(counters.key(3, "x"), position, (3, 16, 16), torch.float32)
-            batch = self.growing.prepare(Batch(x.tanh(), position), start)
+            batch = self.growing.prepare(HostBatch(x.tanh(), position), start, torch.device("cpu"))
             report = self.iteration(batch, nimg=start, global_batch=4)
             assert report.skip is None
             self.ema.update(self.model, start + 4, 4)
@@ -86,11 +86,11 @@ def test_a_run_keeps_its_loader_processes(shards: Path, tmp_path: Path, monkeypa
     seen: list[tuple[float, frozenset[int]]] = []
     prepare = Growing.prepare
 
-    def watched(self: Growing, batch: Batch, nimg: int) -> Any:
+    def watched(self: Growing, batch: HostBatch, nimg: int, *where: Any) -> Any:
         stage = self.stage(nimg)
         assert stage is not None
         seen.append((stage.level, frozenset(descendants())))
-        return prepare(self, batch, nimg)
+        return prepare(self, batch, nimg, *where)
 
     before = descendants()
     monkeypatch.setattr(Growing, "prepare", watched)

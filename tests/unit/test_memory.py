@@ -14,6 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 from sivae_dist.apps import memory_table
 from sivae_dist.apps.memory_table import Wish
 from sivae_dist.cli import main
+from sivae_dist.data.base import SLICE_BYTES
 from sivae_dist.engine.config import RunConfig, from_dict, read_yaml
 from sivae_dist.engine.predict_memory import Case, follow, predict
 from sivae_dist.engine.storages import Storages
@@ -106,6 +107,27 @@ def test_prediction_of_a_level() -> None:
     assert allocated(lambda: follow(case, iterations=2)) == pytest.approx(told.total, rel=TOLERANCE)
 
 
+def coarse(accumulation: int) -> Case:
+    """A large batch of pictures that are large until they are averaged down."""
+    model = {"name": "style", "image_size": 256, "startf": 1, "maxf": 4, "latent_size": 4, "mapping_layers": 2}
+    return Case(from_dict({"model": model, "train": {"accumulation": accumulation}}, "test"), 192, "fp32", level=0)
+
+
+def test_data_of_a_coarse_level() -> None:
+    """Mostly their bytes, never their numbers."""
+    told = predict(coarse(1))
+    assert told.resolution == 4 and told.data == 192 * 3 * 256 * 256
+    assert told.phases["images"] < SLICE_BYTES + MIB < 4 * told.data
+    assert told.total >= told.data + told.phases["images"] > told.data + SLICE_BYTES - MIB
+
+
+@pytest.mark.slow
+def test_prediction_of_a_coarse_level() -> None:
+    told = predict(coarse(1))
+    assert allocated(lambda: follow(coarse(1))) == pytest.approx(told.total, rel=TOLERANCE)
+    assert predict(coarse(4)).data == told.data
+
+
 def test_predicting_allocates_nothing() -> None:
     """The network at 1024 pixels takes gigabytes."""
     recipe = ROOT / "configs/celebahq1024_residual.yaml"
@@ -122,8 +144,9 @@ def test_parts_and_sum() -> None:
     assert told.gradients == parameters
     assert parameters < told.weights == told.average < 1.1 * parameters
     assert 2 * parameters < told.optimizer < 2.01 * parameters + 100 * 4 * 2
-    assert told.phases.keys() == {"encoder", "decoder", "steps"}
-    held = told.weights + told.gradients + told.optimizer + told.average
+    assert told.phases.keys() == {"images", "encoder", "decoder", "steps"}
+    assert told.data == 4 * 3 * config.model.image_size**2  # type: ignore[attr-defined]
+    held = told.weights + told.gradients + told.optimizer + told.average + told.data
     assert told.total == held + told.activations
     twice = predict(Case(config, 8, "fp32"))
     assert twice.activations == pytest.approx(2 * told.activations, rel=0.1)
@@ -191,7 +214,7 @@ def test_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert [(row["resolution"], row["precision"]) for row in rows] == [(16, "fp32"), (32, "fp32")]
     for row in rows:
         b = row["bytes"]
-        held = b["weights"] + b["gradients"] + b["optimizer"] + b["average"]
+        held = b["weights"] + b["gradients"] + b["optimizer"] + b["average"] + b["data"]
         assert row["images"] == 6 and b["total"] == held + b["activations"]
     assert rows[1]["bytes"]["total"] > rows[0]["bytes"]["total"]
 
