@@ -53,7 +53,7 @@ class Zero(Strategy):
     ) -> None:
         super().__init__(players, optimizers, group, clip_norm=clip_norm)
         self._device = _device_of(players)
-        deepspeed = _library()
+        deepspeed = _library(self._device)
         self._engines: dict[str, Any] = {}
         self._scalars: dict[str, list[nn.Parameter]] = {}
         self._reductions: dict[str, AbstractContextManager[None]] = {}
@@ -68,7 +68,7 @@ class Zero(Strategy):
                 engine, *_ = deepspeed.initialize(
                     model=player,
                     optimizer=optimizers[name],
-                    config=settings(stage, offload=offload),
+                    config=settings(stage, self._device, offload=offload),
                     dist_init_required=False,
                 )
             self._as_scalars(name)
@@ -192,7 +192,7 @@ class Zero(Strategy):
         return max(steps, key=float)
 
 
-def settings(stage: int, *, offload: bool) -> dict[str, object]:
+def settings(stage: int, device: torch.device, *, offload: bool) -> dict[str, object]:
     """DeepSpeed's configuration of one engine. Everything that concerns batches, precision and clipping is ours."""
     zero: dict[str, object] = {
         "stage": stage,
@@ -203,7 +203,7 @@ def settings(stage: int, *, offload: bool) -> dict[str, object]:
         "allgather_bucket_size": 1 << 40,
     }
     if offload:
-        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": device.type == "cuda"}
     return {
         "train_micro_batch_size_per_gpu": 1,  # unused: batches never pass through the engine
         "gradient_accumulation_steps": 1,
@@ -220,9 +220,12 @@ def _device_of(players: Mapping[str, nn.Module]) -> torch.device:
     return next(parameter.device for player in players.values() for parameter in player.parameters())
 
 
-def _library() -> Any:
-    """The module deepspeed, attached to the running process group. Raises UserError where it cannot be had."""
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+def _library(device: torch.device) -> Any:
+    """The module deepspeed, attached to the running process group. Raises UserError where it cannot be had.
+
+    device: where the players are, which it is told as it is imported: by itself it takes a GPU wherever there is one.
+    """
+    os.environ.setdefault("DS_ACCELERATOR", device.type)
     try:
         with _quiet():
             deepspeed = importlib.import_module("deepspeed")

@@ -1,8 +1,10 @@
-"""Strategy deepspeed where CPUs can pretend to be what it needs: the wait for what DeepSpeed sends to the host."""
+"""Strategy deepspeed with a GPU that is pretended: waiting for what it sends to the host, and CPUs beside it."""
 
 from __future__ import annotations
 
 import math
+import os
+import sys
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -11,9 +13,11 @@ import pytest
 import torch
 from torch import nn
 
+from sivae_dist.distributed import deepspeed
 from sivae_dist.distributed.deepspeed import Zero
 from sivae_dist.distributed.group import Group
 from sivae_dist.distributed.strategy import Traffic
+from sivae_dist.errors import UserError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -76,3 +80,20 @@ def test_nothing_is_waited_for_where_nothing_travels() -> None:
     on_cpu = _Waiting([])
     _strategy(on_cpu, "cpu").reduce("net")
     assert on_cpu.log == ["send"]
+
+
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_deepspeed_uses_the_device_of_the_players(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """Whatever else the machine has: a run on CPUs (ACCELERATE_USE_CPU) may be on one with a GPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("DS_ACCELERATOR", "")  # so that what is set is taken back
+    monkeypatch.delenv("DS_ACCELERATOR")
+    monkeypatch.setitem(sys.modules, "deepspeed", None)  # it decides as it is imported, which ends here
+    net, pretended = nn.Linear(2, 1), torch.device(kind)
+    if kind == "cuda":
+        monkeypatch.setattr(deepspeed, "_device_of", lambda _: pretended)
+    with pytest.raises(UserError):
+        Zero({"net": net}, {"net": torch.optim.Adam(net.parameters())}, Group())
+    assert os.environ["DS_ACCELERATOR"] == kind
+    zero: Any = deepspeed.settings(1, pretended, offload=True)["zero_optimization"]
+    assert zero["offload_optimizer"] == {"device": "cpu", "pin_memory": kind == "cuda"}
