@@ -8,8 +8,13 @@ of gradients of (local per-sample sums / global batch), so ranks may hold differ
 With `overlap` the same buckets are sent while the last backward pass of a phase goes on, each as soon as its gradients
 are there: a bucket holds consecutive parameters, and the last ones come first. Which parameters have gradients is taken
 from the last time that the player was trained, so the first time nothing is sent early. Buckets are sent in one order
-on all ranks, over a process group of their own; what was expected and did not come (or came unexpectedly) is sent after
-the backward pass, as without overlap. Sums are the same bit for bit either way.
+on all ranks; what was expected and did not come (or came unexpectedly) is sent after the backward pass, as without
+overlap. Sums are the same bit for bit either way.
+
+With gloo, buckets have a process group of their own. With NCCL they share that of all else: while operations of one
+communicator are under way no other may be used (torch.distributed.new_group, "Safe concurrent usage"), and batch norm
+sums over ranks within the backward pass, too. One communicator does on the device what it was given in the order in
+which it got it, and that is one order on ranks that run the same backward pass (as DistributedDataParallel relies on).
 """
 
 from __future__ import annotations
@@ -64,9 +69,11 @@ class Replicated(Strategy):
         self._early = 0  # buckets sent
         self._armed = False
         self.sent_early = 0  # buckets since the start that were sent within a backward pass
-        self._own_group: dist.ProcessGroup | None = None
-        if overlap and self.group.ranks > 1:
-            self._own_group = dist.new_group(timeout=self.group.timeout)
+        self.overlap = overlap and self.group.ranks > 1
+        self._own_group: dist.ProcessGroup | None = None  # of the buckets; None: the one of all else
+        if self.overlap:
+            if "nccl" not in str(dist.get_backend()):  # or "cuda:nccl,cpu:gloo"
+                self._own_group = dist.new_group(timeout=self.group.timeout)
             for player in players.values():
                 for parameter in player.parameters():
                     parameter.register_post_accumulate_grad_hook(self._arrived)  # type: ignore[no-untyped-call]
@@ -76,7 +83,7 @@ class Replicated(Strategy):
         chosen = sorted(set(names))
         super().train_only(chosen)
         self._queue, self._early = [], 0
-        if self._own_group is not None:
+        if self.overlap:
             for name in chosen:
                 self._queue += _buckets(self._expected.get(name, []), self.bucket_bytes)
         self._of = {id(parameter): bucket for bucket in self._queue for parameter in bucket.parameters}
@@ -109,7 +116,7 @@ class Replicated(Strategy):
             parts = [(torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1) for p in bucket.parameters]
             bucket.flat = torch.cat(parts)
             bucket.local = torch.linalg.vector_norm(bucket.flat)
-        if self._own_group is None:
+        if not self.overlap:
             self.group.sum_(bucket.flat)
         else:
             bucket.work = dist.all_reduce(bucket.flat, group=self._own_group, async_op=True)
@@ -120,10 +127,11 @@ class Replicated(Strategy):
         parameters = list(self.players[name].parameters())
         parts: list[Tensor] = []
         if self.group.ranks > 1:
-            self._fill(parameters)
-            while self._early < len(self._queue):  # what the backward pass did not complete
+            # What the backward pass did not complete; before anything else is sent, as on ranks where it did.
+            while self._early < len(self._queue):
                 self._send(self._queue[self._early])
                 self._early += 1
+            self._fill(parameters)
             used = [parameter for parameter in parameters if parameter.grad is not None]
             own = {id(parameter) for parameter in parameters}
             parts += [_receive(bucket) for bucket in self._queue if id(bucket.parameters[0]) in own]
