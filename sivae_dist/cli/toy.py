@@ -101,9 +101,8 @@ def toy(
     print(f"\nwritten: toy.md, toy.json, samples.png and density.png in {out}")
     if given_up:
         names = ", ".join(job.name for job in given_up)
-        print(
-            f"not finite, and given up: {names}; the table counts them as failed. Remove its log in {out / 'logs'} to try one again"
-        )
+        print(f"not finite, and given up: {names}; the table counts them as failed.")
+        print(f"Remove its log in {out / 'logs'} to try one again")
 
 
 def theorems(*, out: Path = Path("runs/theorems"), seed: int = 0) -> None:
