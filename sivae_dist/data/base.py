@@ -27,11 +27,13 @@ class Batch:
     x:        (B, *sample_shape) floating point, in the model's input range
     position: (B,) int64, global position in the stream; keys all random draws of these samples
     label:    (B,) int64, or None where the data have none
+    place:    `position` on the host, where it came from there: reading it waits for no device
     """
 
     x: Tensor
     position: Tensor
     label: Tensor | None = None
+    place: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.x)
@@ -60,17 +62,16 @@ class HostBatch:
         return HostBatch(self.data.pin_memory(), self.position.pin_memory(), label, augment, self.report)
 
     def on(self, device: torch.device) -> HostBatch:
-        """The same with all bytes on a device."""
+        """The same with its bytes on a device; positions stay, as the host asks for them once more."""
         label = None if self.label is None else self.label.to(device, non_blocking=True)
         augment = None if self.augment is None else self.augment.on(device)
-        data, position = (t.to(device, non_blocking=True) for t in (self.data, self.position))
-        return HostBatch(data, position, label, augment, self.report)
+        return HostBatch(self.data.to(device, non_blocking=True), self.position, label, augment, self.report)
 
     def tensors(self) -> list[Tensor]:
-        """All that it holds."""
+        """All that `on` moves."""
         a = self.augment
         drawn = [] if a is None else [a.mirror, a.shift, a.hue]
-        return [t for t in (self.data, self.position, self.label, *drawn) if t is not None]
+        return [t for t in (self.data, self.label, *drawn) if t is not None]
 
     def to(
         self,
@@ -96,16 +97,16 @@ class HostBatch:
 
         whole = slice(0, len(self.data))
         if size is None or self.data.dim() != 4 or self.data.shape[-1] == size:
-            return Batch(pictures(whole), position, label)
+            return Batch(pictures(whole), position, label, self.position)
         if slice_bytes is None:
-            return Batch(resized(pictures(whole), size), position, label)
+            return Batch(resized(pictures(whole), size), position, label, self.position)
         shape = (*self.data.shape[:2], size, size)
         x = torch.empty(shape, dtype=dtype, device=device, memory_format=memory_format)
         step = max(1, slice_bytes // (self.data[:1].numel() * dtype.itemsize or 1))
         for start in range(0, len(x), step):
             rows = slice(start, start + step)
             x[rows] = resized(pictures(rows), size)
-        return Batch(x, position, label)
+        return Batch(x, position, label, self.position)
 
     def _pictures(
         self,

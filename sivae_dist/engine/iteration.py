@@ -197,7 +197,7 @@ def by_place(batch: Batch, parts: int, first: int, size: int) -> list[Batch]:
     """
     if parts == 1:
         return [batch]
-    place = batch.position.cpu() - first  # the host waits for the device here, as at the end of every phase
+    place = (batch.position.cpu() if batch.place is None else batch.place) - first
     if len(place) and not 0 <= int(place.min()) <= int(place.max()) < size:
         raise ValueError(f"positions {batch.position.tolist()}, expected {first} to {first + size - 1}")
     ends = torch.tensor([len(part) for part in torch.arange(size).tensor_split(parts)]).cumsum(0)

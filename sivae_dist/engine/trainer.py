@@ -137,7 +137,7 @@ class Trainer:
         agreement.check_state(self.group, config, self._facts(), self._tensors())
         judges = evaluator_for(self.model)
         self.evaluator = judges(config.eval, self.stream, self.group, self.device, precision, config.train.seed)
-        self.newest: dict[str, float] = {}  # latest value of every metric, for the progress line
+        self.newest: dict[str, float] = {}  # of the last report and evaluation, for the progress line
 
     def _facts(self) -> dict[str, str]:
         """Where this rank begins; the same on all."""
@@ -303,7 +303,8 @@ class Trainer:
         values |= self.losses.values()
         values["data/epoch"] = self.nimg / self.stream.epoch_size
         self.tracker.scalars(self.nimg, values)
-        self.newest |= values
+        evaluated = {tag: value for tag, value in self.newest.items() if tag.startswith("eval/")}
+        self.newest = evaluated | values  # losses of phases that are over do not stay on the line
 
     def _evaluate(self) -> dict[str, float]:
         """Metrics of the averaged model on held-out data (or training data, if the data have no such split)."""

@@ -20,7 +20,8 @@ def batches(packed, **config):
 
 
 def assert_same(one, two) -> None:
-    assert len(one.tensors()) == len(two.tensors()) == 6
+    assert len(one.tensors()) == len(two.tensors()) == 5
+    assert torch.equal(one.position, two.position)
     for a, b in zip(one.tensors(), two.tensors(), strict=True):
         assert torch.equal(a.cpu(), b.cpu())
     assert one.augment.fill == two.augment.fill
@@ -102,5 +103,6 @@ def test_on_a_device_the_copy_overlaps_and_is_waited_for(packed, workers):
             busy = (busy @ busy).clamp(-1, 1)
         early.ahead()
         assert all(t.is_cuda for t in found.tensors())
+        assert not found.position.is_cuda
         assert_same(found, expected)
         assert torch.allclose(x.cpu(), expected.to(CPU, (-1.0, 1.0)).x, atol=1e-5)  # hues are turned there and here

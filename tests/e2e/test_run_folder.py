@@ -46,9 +46,19 @@ def run(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of two ranks under accelerate, with a batch that two does not divide."""
     folder = tmp_path_factory.mktemp("ranks") / "run"
     options = ["--config", str(config), "--out", str(folder), "--train.batch", "9", "--distributed.ranks", "2"]
-    done = accelerate_launch(2, "-m", "sivae_dist.train", *options)
+    done = accelerate_launch(2, "-m", "sivae_dist.train", *options, "--tracking.progress", "True")
     assert done.returncode == 0, done.stdout + done.stderr
+    (folder.parent / "said.txt").write_text(done.stderr)
     return folder
+
+
+@pytest.mark.dist
+def test_the_progress_line_ends_with_what_was_last(run: Path) -> None:
+    """Written by one rank; the loss of the VAE's warm-up is gone from it."""
+    last = [line for line in (run.parent / "said.txt").read_text().splitlines() if "training" in line][-1]
+    assert "training 100%" in last
+    assert all(word in last for word in ("0.4/0.4 kimg", "img/s", "encoder ", "decoder ", "kl real ", "psnr "))
+    assert "loss " not in last
 
 
 @pytest.mark.dist

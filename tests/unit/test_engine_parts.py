@@ -9,11 +9,12 @@ import pytest
 import torch
 
 from sivae_dist import counters
+from sivae_dist.data import Batch, HostBatch
 from sivae_dist.distributed.group import Group
 from sivae_dist.engine import checkpoint
 from sivae_dist.engine.checkpoint_writer import CheckpointConfig, CheckpointWriter
 from sivae_dist.engine.ema import Ema, EmaConfig
-from sivae_dist.engine.iteration import IterationReport
+from sivae_dist.engine.iteration import IterationReport, by_place
 from sivae_dist.engine.meters import Meters
 from sivae_dist.engine.optim import OptimConfig, PlayerOptim
 from sivae_dist.engine.schedule import TrainConfig, due
@@ -83,6 +84,29 @@ def test_learning_rate_schedule() -> None:
     _, optimizers = model_and_optimizers()
     assert config.apply(optimizers, 5000) == {"encoder": 0.1, "decoder": pytest.approx(0.2)}
     assert optimizers["decoder"].param_groups[0]["lr"] == pytest.approx(0.2)
+
+
+def test_micro_batches_hold_what_lies_in_their_part_of_the_global_batch() -> None:
+    """Three parts of [40, 48): 40 41 42, 43 44 45, 46 47, whatever the order and whichever of them a rank owns."""
+    mine = torch.tensor([47, 41, 40, 46])
+    parts = by_place(Batch(mine.double()[:, None], mine, mine % 3), 3, 40, 8)
+    assert [part.position.tolist() for part in parts] == [[41, 40], [], [47, 46]]
+    for part in parts:
+        assert torch.equal(part.x[:, 0].long(), part.position)
+        assert torch.equal(part.label, part.position % 3)
+    with pytest.raises(ValueError, match="expected 40 to 46"):
+        by_place(Batch(mine[:, None], mine), 3, 40, 7)
+
+
+def test_micro_batches_are_cut_without_a_look_at_the_device() -> None:
+    """Where the loader tells positions on the host. (Values of a meta tensor cannot be read.)"""
+    mine = torch.tensor([41, 46])
+    on_device = mine.to("meta")
+    parts = by_place(Batch(torch.empty(2, 3, device="meta"), on_device, place=mine), 2, 40, 8)
+    assert [part.x.shape for part in parts] == [(1, 3), (1, 3)]
+    host = HostBatch(torch.zeros(2, 3, 4, 4, dtype=torch.uint8), mine)
+    for size in (None, 2):
+        assert host.on(torch.device("cpu")).to(torch.device("cpu"), None, size=size).place is mine
 
 
 def test_meters_give_means_over_images() -> None:
