@@ -1,4 +1,6 @@
-"""For all tests: under SIVAE_CI=1 a skip that tests/skips.txt does not excuse is a failure."""
+"""For all tests: under SIVAE_CI=1 a skip that tests/skips.txt does not excuse is a failure; what one process runs when
+several share the tests.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +13,7 @@ from typing import Any
 import pytest
 
 SKIPS = Path(__file__).parent / "skips.txt"
+TOGETHER = ("tests/parity/",)  # in one process, as the last of them counts what the others have compared
 
 
 def excused(lines: str) -> dict[str, str]:
@@ -29,6 +32,18 @@ def excused(lines: str) -> dict[str, str]:
 def pytest_configure(config: pytest.Config) -> None:
     if os.environ.get("SIVAE_CI") == "1":
         config.pluginmanager.register(SkipCheck(excused(SKIPS.read_text())), "sivae-skip-check")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """The tests of a file stay in one process (they share what it takes long to make), those of TOGETHER, too."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class ByFile(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return next((folder for folder in TOGETHER if nodeid.startswith(folder)), super()._split_scope(nodeid))
+
+    return ByFile(config, log)
 
 
 class SkipCheck:

@@ -6,10 +6,17 @@ from pathlib import Path
 
 import pytest
 from drawn import draw_folder
+from processes import remember_elder
 
 from sivae_dist.data.pack import pack
 from sivae_dist.data.pack_shard import PackOptions
 from sivae_dist.data.sources.folder import FolderSource
+
+
+@pytest.fixture(autouse=True)
+def only_own_children() -> None:
+    """`processes.children()` are those of the test, whatever ran before it."""
+    remember_elder()
 
 
 @pytest.fixture(scope="session")

@@ -6,10 +6,20 @@ import os
 import time
 from pathlib import Path
 
+_elder: set[int] = set()  # children of this process that earlier tests have left, as torch's compiler does
+
 
 def children(pid: int | None = None) -> set[int]:
-    pid = pid or os.getpid()
-    return {int(c) for c in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()}
+    """Of a process; of this one those that were not there when the test began."""
+    mine = pid or os.getpid()
+    found = {int(c) for c in Path(f"/proc/{mine}/task/{mine}/children").read_text().split()}
+    return found if pid else found - _elder
+
+
+def remember_elder() -> None:
+    """At the beginning of a test."""
+    _elder.clear()
+    _elder.update(children())
 
 
 def gone(pids, seconds=10.0) -> bool:

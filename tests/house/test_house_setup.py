@@ -254,3 +254,30 @@ def test_ctrl_c_waits_for_the_training_and_stops_there(tools: Path, tmp_path: Pa
     _, said = process.communicate(timeout=60)
     assert process.returncode == 130 and "The same command goes on" in said
     assert log.read_text() == "saved"
+
+
+def test_a_whole_fast_run_takes_two_processes(tools: Path, tmp_path: Path) -> None:
+    """With a Python that only writes down what it is asked to run, and that has pytest-xdist or not."""
+    log = tmp_path / "commands"
+    python = script(tmp_path / "python", f'case "$*" in *xdist*) exit "$NONE";; -m*) echo "$*" >>"{log}";; esac')
+    nproc = script(tools / "nproc", "echo 2")
+
+    def asked(*options: str, none: str = "0") -> str:
+        log.write_text("")
+        done = run(tools, ROOT / "tests/run.sh", "--offline", "--python", python, *options, NONE=none)
+        assert done.returncode == 0, done.stderr
+        assert ("has no pytest-xdist" in done.stderr) == (none == "1")
+        return log.read_text().strip()
+
+    fast, both = "-m pytest -m not slow and not gpu", " -n 2 --no-loadscope-reorder"
+    assert asked() == fast + both
+    assert asked(none="1") == fast
+    assert asked("-k", "shards") == f"{fast} -k shards"
+    assert asked("--jobs", "2", "-k", "shards") == f"{fast}{both} -k shards"
+    assert asked("--jobs=1") == fast
+    assert asked("--slow") == "-m pytest -m slow and not gpu"
+    script(nproc, "echo 1")
+    assert asked() == fast
+    for wrong in (["--jobs"], ["--jobs", "two"], ["--jobs=0"]):
+        done = run(tools, ROOT / "tests/run.sh", *wrong)
+        assert done.returncode == 1 and "expected a number of processes" in done.stderr

@@ -62,6 +62,8 @@ def _placeholder(item: pytest.Item) -> bool:
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     from golden_files import files
 
+    if terminalreporter.config.getoption("numprocesses", None):
+        return  # another process has compared them
     every = sum(len(golden.arrays) for golden in files().values())
     used = sum(len(golden.used) for golden in files().values())
     terminalreporter.write_line(f"parity: compared {used} of {every} arrays")
