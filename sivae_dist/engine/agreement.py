@@ -53,7 +53,7 @@ _LATER = (
 
 def check_start(group: Group, config: RunConfig, device: torch.device) -> None:
     """Code, settings, libraries and kind of device: asked before anything is built. Collective; raises UserError."""
-    check_patience(group, config)
+    check_patience(group.ranks, config)
     if group.ranks == 1 or config.distributed.check == "off":
         return
     facts = versions() | {"device": device.type}
@@ -61,13 +61,13 @@ def check_start(group: Group, config: RunConfig, device: torch.device) -> None:
     agree(group, facts | sources(), _START)
 
 
-def check_patience(group: Group, config: RunConfig) -> None:
+def check_patience(ranks: int, config: RunConfig) -> None:
     """A rank must give up its data before the others give up waiting for it. Raises UserError."""
     data: float | None = getattr(config.data, "timeout_s", None)  # data that are computed need no patience
-    ranks = config.distributed.timeout_s
-    if group.ranks > 1 and data is not None and data >= ranks:
+    others = config.distributed.timeout_s
+    if ranks > 1 and data is not None and data >= others:
         raise UserError(
-            f"data.timeout_s is {data:g} and distributed.timeout_s {ranks:g}: with {group.ranks} ranks the first must "
+            f"data.timeout_s is {data:g} and distributed.timeout_s {others:g}: with {ranks} ranks the first must "
             "be less, or those that wait for one without data end before it can tell why, and nothing is saved",
             f"--distributed.timeout_s {2 * data:g}, or a smaller data.timeout_s",
         )

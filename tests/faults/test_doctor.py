@@ -299,6 +299,8 @@ def test_memory_of_a_run(packed: Path, tmp_path: Path, monkeypatch: pytest.Monke
     from sivae_dist.apps.checks import run_config
 
     path = write_config(tmp_path / "c.yaml", packed)
+    impatient = tmp_path / "impatient.yaml"
+    impatient.write_text(path.read_text() + "distributed: {timeout_s: 20}\n")
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     (row,) = memory_table.rows(path, memory_table.Wish(processes=3))
     monkeypatch.setattr(memory_table, "rows", lambda _, wish: [row] if wish.processes == 3 else [])
@@ -308,3 +310,7 @@ def test_memory_of_a_run(packed: Path, tmp_path: Path, monkeypatch: pytest.Monke
         assert check.status == status
         assert check.found.startswith("3 processes with ")
         assert ("accumulation" in check.remedy) == (status != "ok")
+    for processes, status in ((1, "ok"), (3, "problem")):
+        first = run_config.config(impatient, processes)[0]
+        assert first.status == status
+        assert ("with 3 ranks the first must be less" in first.found) == (status == "problem")

@@ -1,4 +1,6 @@
-"""A run's configuration: whether it can be read, and whether what it needs fits into the device's memory."""
+"""A run's configuration: whether it can be read and so many processes can share it, and whether what it needs fits into
+the device's memory.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +8,7 @@ from pathlib import Path
 
 from sivae_dist.apps.checks.base import Check, ok, problem, warning, within
 from sivae_dist.apps.checks.storage import available_memory
+from sivae_dist.errors import UserError
 
 NAME, MEMORY = "config", "run's memory"
 _PREDICTION_S = 300.0
@@ -14,14 +17,20 @@ _NEARLY = 0.9  # of the memory: workspaces of convolutions and the allocator's s
 
 def config(path: Path, processes: int | None) -> list[Check]:
     """Reads it and predicts the memory of one iteration. processes: that share the batch; None: one a GPU, or one."""
+    from sivae_dist.engine.agreement import check_patience  # noqa: PLC0415
     from sivae_dist.engine.config import from_dict, read_yaml  # noqa: PLC0415
 
     run = from_dict(read_yaml(path), str(path))
+    count = processes or max(_gpus(), 1)
     size = getattr(run.model, "image_size", None)
     what = f"{path}: {run.objective.name} on {run.model.name}"
     found = [ok(NAME, f"{what}{f' of {size} px' if size else ''}, batch {run.train.batch}, {run.train.kimg:g} kimg")]
+    try:
+        check_patience(count, run)
+    except UserError as error:
+        found = [problem(NAME, error.what, error.fix)]
     late = warning(MEMORY, f"not predicted within {_PREDICTION_S:.0f} s", f"sivae-dist memory {path} takes its time")
-    return found + within(_PREDICTION_S, lambda: _memory(path, processes), MEMORY, late)
+    return found + within(_PREDICTION_S, lambda: _memory(path, count), MEMORY, late)
 
 
 def data_of(path: Path) -> tuple[str, str, float] | None:
@@ -35,13 +44,18 @@ def data_of(path: Path) -> tuple[str, str, float] | None:
     return data.url, data.cache_dir, data.cache_gb
 
 
-def _memory(path: Path, processes: int | None) -> list[Check]:
+def _gpus() -> int:
+    import torch  # noqa: PLC0415
+
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def _memory(path: Path, count: int) -> list[Check]:
     import torch  # noqa: PLC0415
 
     from sivae_dist.apps import memory_table  # noqa: PLC0415
 
-    devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    count = processes or max(devices, 1)
+    devices = _gpus()
     worst = max(memory_table.rows(path, memory_table.Wish(processes=count)), key=lambda row: row.bytes.total)
     need = float(worst.bytes.total)
     if devices:
