@@ -19,6 +19,7 @@ from typing import IO, Literal, get_args
 
 from tqdm import tqdm
 
+from sivae_dist.distributed import launcher
 from sivae_dist.engine.config import RunConfig, from_dict, read_yaml, to_yaml
 from sivae_dist.engine.guard import GIVEN_UP
 from sivae_dist.engine.run_folder import RunFolder, write_atomic
@@ -230,7 +231,7 @@ def _start(job: Job, out: Path) -> _Running:
         stdout=log,
         stderr=subprocess.STDOUT,
         # What the run's configuration says counts, not what a launcher that is not there would.
-        env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_MIXED_PRECISION": "no"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_MIXED_PRECISION": "no", launcher.OWN: "1"},
         start_new_session=True,  # Ctrl-C reaches them through `_end` only
     )
     return _Running(job, process, log)

@@ -19,6 +19,7 @@ import os
 # exported by hand: ACCELERATE_USE_CPU or ACCELERATE_MIXED_PRECISION in a shell make no launcher of it.
 _OF_ACCELERATE = ("ACCELERATE_MIXED_PRECISION", "ACCELERATE_DYNAMO_BACKEND", "ACCELERATE_DYNAMO_MODE")
 _OF_TORCHELASTIC = ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT")
+OWN = "SIVAE_LAUNCHED"  # what a command of ours sets for the training that it starts
 
 _parents: dict[int, int] = {}  # by process, since a forked one has another parent
 
@@ -30,7 +31,7 @@ def remember() -> int:
 
 def launched() -> bool:
     """Whether a launcher started this process, by the environment."""
-    return any(all(name in os.environ for name in names) for names in (_OF_ACCELERATE, _OF_TORCHELASTIC))
+    return any(all(name in os.environ for name in names) for names in (_OF_ACCELERATE, _OF_TORCHELASTIC, (OWN,)))
 
 
 def gone() -> bool:

@@ -16,6 +16,7 @@ from PIL import Image
 from sivae_dist.apps import toy, toy_report
 from sivae_dist.apps.toy import Job
 from sivae_dist.cli import main
+from sivae_dist.distributed import launcher
 from sivae_dist.engine.config import from_dict, to_dict, to_yaml
 from sivae_dist.engine.guard import GuardConfig
 from sivae_dist.engine.run_folder import RunFolder
@@ -74,6 +75,7 @@ def test_precision_is_the_commands_not_the_environments(tmp_path: Path, monkeypa
     running = toy._start(job, tmp_path)
     running.log.close()
     assert given[0]["ACCELERATE_MIXED_PRECISION"] == "no"
+    assert given[0][launcher.OWN] == "1"  # it saves and ends when the command is killed
 
 
 def test_the_twelve_models_share_what_they_should(tmp_path: Path) -> None:

@@ -13,6 +13,8 @@ import pytest
 from commands import ROOT, Done, Runner, checkpoints, ended, environment, start, until, write_config
 from test_interrupts import trained_in
 
+from sivae_dist.distributed.launcher import OWN
+
 LAUNCHER = "import subprocess, sys; subprocess.Popen(sys.argv[1:]).wait()"
 RANK = """
 import os, time
@@ -32,8 +34,8 @@ BY_TORCHELASTIC = {"TORCHELASTIC_RUN_ID": "none", "TORCHELASTIC_RESTART_COUNT": 
 
 @pytest.mark.parametrize(
     ("variables", "asked"),
-    [(BY_ACCELERATE, True), (BY_TORCHELASTIC, True), (BY_HAND, False)],
-    ids=["accelerate", "torchelastic", "exported by hand"],
+    [(BY_ACCELERATE, True), (BY_TORCHELASTIC, True), ({OWN: "1"}, True), (BY_HAND, False)],
+    ids=["accelerate", "torchelastic", "a command of ours", "exported by hand"],
 )
 def test_only_the_end_of_a_launcher_asks_for_a_stop(variables: dict[str, str], asked: bool) -> None:
     """Not that of the shell in which `nohup sivae-dist train &` was typed."""
