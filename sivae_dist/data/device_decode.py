@@ -21,6 +21,7 @@ from sivae_dist.data.decode import decode_into
 from sivae_dist.data.faults import Report
 from sivae_dist.data.parts import Reads
 from sivae_dist.data.pictures import Arrivals, Decoded, Failure, Pictures, Unopened
+from sivae_dist.devices import cpu_asked, cuda_used
 from sivae_dist.errors import UserError
 
 # Bytes of B JPEGs, each (n,) uint8 on the host -> pixels (B, C, H, W) uint8 on a device. All have the size that their
@@ -85,8 +86,8 @@ def choose(image_format: str, channels: int, reduce: int) -> Decode:
 
 def unusable() -> str:
     """What keeps nvJPEG from being used by this process, "" if nothing does."""
-    if not torch.cuda.is_available():
-        return "torch finds no CUDA device"
+    if not cuda_used():
+        return "ACCELERATE_USE_CPU is set" if cpu_asked() else "torch finds no CUDA device"
     return _unusable_on(torch.cuda.current_device())
 
 

@@ -33,6 +33,7 @@ from sivae_dist.data.stores.cache import BLOCK
 from sivae_dist.data.stores.room import check_cache, remarks, uses_cache
 from sivae_dist.data.watch import Watch
 from sivae_dist.data.workers import InThread, LateError, LostError, Team, Work
+from sivae_dist.devices import cuda_used
 from sivae_dist.errors import UserError
 
 log = logging.getLogger("sivae_dist")
@@ -154,7 +155,7 @@ class _Batches(Iterator[HostBatch]):
         opens: DeviceDecoding | None = None,
     ) -> None:
         self._pictures, self._parts, self._config, self._opens = pictures, parts, config, opens
-        pinned = torch.cuda.is_available()
+        pinned = cuda_used()
         arrived = Arrivals(pictures.settings, pictures.slots, pinned=pinned)
         self._found: Iterator[Decoded | Unopened | Failure] | None
         if not workers:
@@ -255,7 +256,7 @@ class ShardStream:
         if start < 0 or (isinstance(size, int) and size < 1):
             raise ValueError(f"batches from position {start} of size {size}")
         runs = planned(self.plan, start, size, self.rank, self.ranks)
-        parts = Parts(runs, self.plan.locate, self._augmentation, pinned=torch.cuda.is_available())
+        parts = Parts(runs, self.plan.locate, self._augmentation, pinned=cuda_used())
         watch = Watch(self.config.workers)
         settings = replace(self._train, unopened=self._decode is not None)
         pictures = Pictures(settings, self._slots(start, size if isinstance(size, int) else size(start)), watch)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from sivae_dist.devices import cuda_used
 from sivae_dist.distributed import asked, failure
 from sivae_dist.distributed.config import DistributedConfig
 from sivae_dist.distributed.group import Group
@@ -51,7 +52,7 @@ def start(config: DistributedConfig) -> Launch:
     """
     world = _world()
     asked.resolved(config)  # tells of what is not supported before anything starts
-    cpu = not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in {"1", "true", "yes"}
+    cpu = not cuda_used()
     try:
         from accelerate import Accelerator  # noqa: PLC0415 (a run of one process does without it)
         from accelerate.utils import InitProcessGroupKwargs  # noqa: PLC0415

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from sivae_dist.devices import cuda_used
 from sivae_dist.distributed.group import Group
 from sivae_dist.engine.evaluate_points import evaluator_for
 from sivae_dist.engine.load import load
@@ -21,7 +22,7 @@ def judge(run: Path, *, images: int, checkpoint_name: str = "latest") -> tuple[d
     Raises UserError when the run has no checkpoint.
     """
     trained = load(run if checkpoint_name == "latest" else run / "checkpoints" / checkpoint_name)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda" if cuda_used() else "cpu")
     model, config = trained.model.to(device), trained.config
     # The data are those of training, averaged down to the level that a growing model has reached.
     stream = config.data.at(model.finest_shape).build(seed=config.train.seed, salt=0, rank=0, ranks=1)

@@ -15,6 +15,7 @@ from drawn import draw_folder
 from processes import children, gone
 
 from sivae_dist.counters import coin, key
+from sivae_dist.data import device_decode
 from sivae_dist.data.base import DataConfig
 from sivae_dist.data.loader import ShardsConfig
 from sivae_dist.data.pack import pack
@@ -22,6 +23,7 @@ from sivae_dist.data.pack_shard import PackOptions
 from sivae_dist.data.shard_read import ShardReader
 from sivae_dist.data.sources.folder import FolderSource
 from sivae_dist.data.store import FolderStore
+from sivae_dist.devices import cuda_used
 from sivae_dist.errors import UserError
 from sivae_dist.registry import component
 
@@ -261,3 +263,16 @@ def test_workers_die_with_a_killed_parent(packed):
     process.wait()
     process.stdout.close()
     assert gone(workers)
+
+
+@pytest.mark.parametrize("said", ["true", "on"])
+def test_training_on_cpus_beside_a_gpu_locks_no_pages(packed, monkeypatch, said):
+    """Locking them makes a context on the device. (Without a CUDA build it fails, which shows that it is tried.)"""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+    assert cuda_used()
+    monkeypatch.setenv("ACCELERATE_USE_CPU", said)
+    assert not cuda_used()
+    batch = next(stream(packed).batches(0, 6))
+    assert not any(tensor.is_pinned() for tensor in (*batch.tensors(), batch.position))
+    assert device_decode.unusable() == "ACCELERATE_USE_CPU is set"

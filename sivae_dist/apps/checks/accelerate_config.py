@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from sivae_dist.apps.checks.base import Check, ok, problem, warning
+from sivae_dist.devices import cpu_asked
 from sivae_dist.distributed import asked
 from sivae_dist.errors import UserError
 
 NAME = "accelerate config"
 _SEVERAL = {"MULTI_GPU", "FSDP", "DEEPSPEED", "MULTI_NPU", "MULTI_MLU", "MULTI_XPU", "MULTI_HPU"}
-_TRUE = {"1", "true", "yes", "y", "t", "on"}
 
 
 def environment() -> list[Check]:
@@ -104,7 +104,7 @@ def _kind(values: dict[str, Any]) -> list[Check]:
     if count < 2:
         return [problem(NAME, f"distributed_type {kind} with num_processes {count}", "set distributed_type 'NO'")]
     here = count // max(1, values.get("num_machines") or 1)
-    told_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in _TRUE
+    told_cpu = cpu_asked()
     if _on_cpu(values) and not told_cpu:
         what = f"{count} processes on CPUs, but ACCELERATE_USE_CPU is not set: each would train alone"
         return [warning(NAME, what, f"export ACCELERATE_USE_CPU=true for the launch ({cpu_launch})")]
