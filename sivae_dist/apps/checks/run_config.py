@@ -8,6 +8,7 @@ from pathlib import Path
 
 from sivae_dist.apps.checks.base import Check, ok, problem, warning, within
 from sivae_dist.apps.checks.storage import available_memory
+from sivae_dist.devices import cuda_used
 from sivae_dist.errors import UserError
 
 NAME, MEMORY = "config", "run's memory"
@@ -47,7 +48,7 @@ def data_of(path: Path) -> tuple[str, str, float] | None:
 def _gpus() -> int:
     import torch  # noqa: PLC0415
 
-    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return torch.cuda.device_count() if cuda_used() else 0
 
 
 def _memory(path: Path, count: int) -> list[Check]:
