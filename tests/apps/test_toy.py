@@ -5,15 +5,17 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import statistics
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from PIL import Image
 
-from sivae_dist.apps import toy, toy_report
+from sivae_dist.apps import toy, toy_report, toy_tune
 from sivae_dist.apps.toy import Job
 from sivae_dist.cli import main
 from sivae_dist.distributed import launcher
@@ -21,6 +23,7 @@ from sivae_dist.engine.config import from_dict, to_dict, to_yaml
 from sivae_dist.engine.guard import GuardConfig
 from sivae_dist.engine.run_folder import RunFolder
 from sivae_dist.errors import UserError
+from sivae_dist.evaluation import toy2d
 from sivae_dist.models.mlp import MlpConfig
 
 
@@ -219,6 +222,39 @@ def test_what_lies_outside_counts(job: Job, monkeypatch: pytest.MonkeyPatch) -> 
     assert "hist_kl" not in toy_report.measure(_Model(outside * math.nan), job)  # type: ignore[arg-type]
 
 
+def test_published_measures_are_means_over_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(toy_report, "PUBLISHED_SAMPLES", 200)
+    real, fake = torch.rand(2, 600, 2, generator=torch.Generator().manual_seed(0)).mul(2).sub(1)
+    found = toy_report.published(real, fake, 1.0)
+    each = [toy2d.published_jsd(real[i : i + 200], fake[i : i + 200], 1.0) for i in (0, 200, 400)]
+    assert found["published_jsd"] == pytest.approx(sum(each) / 3, rel=1e-12)
+    assert found["published_jsd_of_one_draw"] == pytest.approx(statistics.stdev(each), rel=1e-12) != 0
+    fake[200:400] = 99.0
+    assert toy_report.published(real, fake, 1.0) == {}
+
+
+def test_a_model_is_measured_once(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And again where it has changed, or what was kept was measured otherwise."""
+    calls = []
+    model = SimpleNamespace(nimg=512)
+    monkeypatch.setattr(toy_report, "load", lambda *_, **__: model)
+
+    def measure(*_: object) -> dict[str, float]:
+        calls.append(model.nimg)
+        return {"published_draws": 20}
+
+    monkeypatch.setattr(toy_report, "measure", measure)
+    job.run.root.mkdir(parents=True)
+    job.run.metrics.touch()
+    assert toy_report.measured(job) == toy_report.measured(job)
+    assert calls == [512]
+    model.nimg = 1024
+    assert toy_report.measured(job)["nimg"] == 1024
+    (job.run.root / "toy2d.json").write_text(json.dumps({"nimg": 1024, "hist_kl": 1.0}))
+    assert "hist_kl" not in toy_report.measured(job)
+    assert calls == [512, 1024, 1024]
+
+
 @pytest.fixture
 def told(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
     """Runs the command line with wrong options; what it says."""
@@ -248,7 +284,7 @@ def test_how_far_a_run_came(job: Job, text: str, reached: int) -> None:
 
 
 def row(objective: str, seed: int, **values: float) -> dict[str, Any]:
-    known = {"nimg": 512, "hist_kl_floor": 0.01, "hist_jsd_floor": 0.001, "grid_nll": 1.0}
+    known = {"nimg": 512, "hist_kl_floor": 0.01, "hist_jsd_floor": 0.001, "grid_nll": 1.0, "published_draws": 20}
     return {"density": "rings", "objective": objective, "seed": seed, **known, **values}
 
 
@@ -281,6 +317,11 @@ def test_rows_of_models_trained_elsewhere(tmp_path: Path, job: Job) -> None:
             toy_report.rows_from(path, [job])
     with pytest.raises(UserError, match="no number"):
         given([row("vae", 1) | {"hist_kl": "0"}])
+    with pytest.raises(UserError, match="another version, which measured otherwise"):
+        given([row("vae", 1) | {"published_draws": 1}])
+    assert given([*others, row("introvae", 1, published_draws=1)]) == others  # what is not asked for may be anything
+    given_up = {"density": "rings", "objective": "vae", "seed": 1, "nimg": 3, "given_up": True}
+    assert given([given_up]) == [given_up]  # not measured at all
     with pytest.raises(UserError, match="no results"):
         toy_report.rows_from(tmp_path / "none.json", [job])
 
@@ -300,8 +341,15 @@ def test_a_run_folder_of_a_job_is_an_ordinary_one(job: Job) -> None:
     assert job.run.root.name == "rings-vae-seed0"
 
 
-def test_the_rows_in_the_docs_fit_the_recipes(tmp_path: Path) -> None:
-    """So that `--also docs/toy2d.json` takes them all, and no recipe is changed without training anew."""
-    path = Path(__file__).parents[2] / "docs" / "toy2d.json"
-    jobs = toy.plan(tmp_path, toy.DENSITIES, toy.OBJECTIVES, seeds=[10_000])
-    assert toy_report.rows_from(path, jobs) == json.loads(path.read_text())["runs"] != []
+@pytest.mark.parametrize(
+    ("rows", "tuned", "options"),
+    [("toy2d.json", None, {}), ("toy2d_tuned.json", "toy2d_tune.json", {"stop_after": 20_000})],
+)
+def test_the_rows_in_the_docs_fit_the_recipes(
+    tmp_path: Path, rows: str, tuned: str | None, options: dict[str, int]
+) -> None:
+    """So that `--also` takes them all, and no recipe is changed without training anew."""
+    docs = Path(__file__).parents[2] / "docs"
+    settings = toy_tune.read(docs / tuned, toy.DENSITIES, toy.OBJECTIVES) if tuned is not None else None
+    jobs = toy.plan(tmp_path, toy.DENSITIES, toy.OBJECTIVES, seeds=[10_000], tuned=settings, **options)
+    assert toy_report.rows_from(docs / rows, jobs) == json.loads((docs / rows).read_text())["runs"] != []
