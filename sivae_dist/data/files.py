@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
+import sys
 from pathlib import Path
+from typing import IO, Any
 
 from sivae_dist.errors import UserError
+
+_NO_LOCKS_HERE = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 
 def expanded(path: str | Path) -> Path:
@@ -39,6 +45,22 @@ def write_atomically(path: Path, data: bytes) -> None:
         aside.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+def try_lock(file: IO[Any], others: str) -> bool:
+    """Takes flock's lock of an open file, which the kernel gives back however the process ends; False if it is held.
+
+    True also where the file system knows no locks: the user is told to see that no other process `others`.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in _NO_LOCKS_HERE:
+            raise
+        print(f"this file system knows no locks: take care that no other process {others}", file=sys.stderr)
+    return True
 
 
 def size_of(count: float) -> str:

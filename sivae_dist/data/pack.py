@@ -8,13 +8,10 @@ manifest is complete.
 
 from __future__ import annotations
 
-import fcntl
 import functools
 import json
 import shutil
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +19,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from sivae_dist.data import pack_aside
 from sivae_dist.data.files import expanded, sync_folder, write_atomically
 from sivae_dist.data.manifest import FILE_NAME, SPLITS, Manifest
 from sivae_dist.data.pack_items import ItemList, list_items, read_items
@@ -45,7 +43,6 @@ from sivae_dist.errors import UserError
 _PROBES = 16  # pictures encoded beforehand to estimate the size
 _TAR_OVERHEAD = 512 + 1024  # header of the picture, and its small JSON member with header
 _MARGIN = 1.1
-_LOCK_WAIT_S = 3.0
 _SKIPPED = "skipped.json"
 
 Skipped = tuple[tuple[str, str], ...]  # (key, reason)
@@ -83,7 +80,7 @@ def pack(
     folders = options.folders(destination)
     aside = destination / ".pack"
     _check_destination(destination, folders, aside)
-    with _lock(aside):
+    with pack_aside.held(aside):
         items = list_items(
             source,
             aside / "items.jsonl",
@@ -94,7 +91,7 @@ def pack(
         note = recorded(options, source, items.sha256)
         if finished := _finished(destination, folders, aside, note):
             _complete_pyramid(destination, folders, aside, finished[0])
-            shutil.rmtree(aside)
+            _clear(destination, folders, aside)
             manifests, skipped = finished
             return PackReport(manifests, skipped, 0, len(manifests[0].shards), time.monotonic() - begin)
         means = _same_options(aside / "options.json", note) or _estimate(source, items, options)
@@ -119,7 +116,7 @@ def pack(
         manifests, skipped = _conclude(source, folders, items, [done[t.name] for t in tasks], note)
         if folders != (destination,):
             write_atomically(destination / PYRAMID_NAME, PyramidFile.of(manifests).to_bytes())
-        shutil.rmtree(aside)
+        _clear(destination, folders, aside)
     enlarged = sum(d.enlarged for d in done.values())
     return PackReport(manifests, skipped, enlarged, reused, time.monotonic() - begin)
 
@@ -130,26 +127,6 @@ def _check_destination(destination: Path, folders: tuple[Path, ...], aside: Path
     known = aside.is_dir() or any((folder / FILE_NAME).is_file() for folder in (destination, *folders))
     if destination.is_dir() and not known and any(destination.iterdir()):
         raise UserError(f"{destination} is not empty", "choose a new folder, or empty it")
-    try:
-        aside.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{destination} cannot be made: {error.strerror}", "choose a writable destination") from None
-
-
-@contextmanager
-def _lock(aside: Path) -> Iterator[None]:
-    with open(aside / "lock", "w") as file:
-        deadline = time.monotonic() + _LOCK_WAIT_S  # workers of a killed run hold the lock until they end, too
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except OSError:
-                if time.monotonic() > deadline:
-                    what = f"another process is packing into {aside.parent}"
-                    raise UserError(what, "wait for it, or end it") from None
-                time.sleep(0.1)
-        yield
 
 
 def _finished(
@@ -164,7 +141,7 @@ def _finished(
         found[folder] = Manifest.from_bytes(path.read_bytes(), str(path))
         if changes := differences(found[folder].packing, note):
             if not (aside / "options.json").is_file():  # made by this call
-                shutil.rmtree(aside)
+                pack_aside.remove(aside)
             what = f"{folder} is already packed, otherwise ({'; '.join(changes)})"
             raise UserError(what, "choose another destination")
     if not all(folder in found for folder in folders):  # none, or a run was killed between two manifests
@@ -187,7 +164,7 @@ def _complete_pyramid(
     if found is None:
         write_atomically(destination / PYRAMID_NAME, right.to_bytes())
     elif found != right:
-        shutil.rmtree(aside)
+        pack_aside.remove(aside)
         what = f"{destination / PYRAMID_NAME} lists other levels than lie beside it"
         raise UserError(what, "copy the data set again; or remove this file and run the same command again")
 
@@ -254,8 +231,6 @@ def _conclude(
             if not d.count:
                 for end in ("tar", "index"):
                     (folder / f"{d.name}.{end}").unlink(missing_ok=True)
-        for stale in folder.glob(".*.tmp"):  # of a run that was killed between writing and renaming
-            stale.unlink()
         manifest = Manifest(
             name=source.name,
             license=source.license,
@@ -273,3 +248,11 @@ def _conclude(
         write_atomically(folder / FILE_NAME, manifest.to_bytes())
         manifests.append(manifest)
     return tuple(manifests), skipped
+
+
+def _clear(destination: Path, folders: tuple[Path, ...], aside: Path) -> None:
+    """Nothing but the data set stays: this is also how a finished packing ends that was killed while it ended."""
+    for folder in dict.fromkeys((destination, *folders)):
+        for stale in folder.glob(".*.tmp"):  # of a run that was killed between writing and renaming
+            stale.unlink()
+    pack_aside.remove(aside)

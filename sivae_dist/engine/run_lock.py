@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
 import os
 import socket
-import sys
 import time
 from pathlib import Path
 from typing import IO
 
+from sivae_dist.data.files import try_lock
 from sivae_dist.errors import UserError
 
 FILE_NAME = ".lock"
 _WAIT_S = 3.0  # data workers of a run that was killed share its lock until they notice that it has gone
-_NO_LOCKS_HERE = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 
 class RunLock:
@@ -33,7 +30,7 @@ class RunLock:
             what = f"cannot write the run folder {folder}: {error.strerror}"
             raise UserError(what, "choose another place with --out, or mend the permissions") from error
         deadline = time.monotonic() + _WAIT_S
-        while not self._taken():
+        while not try_lock(self._file, f"trains in {folder}"):
             if time.monotonic() > deadline:
                 holder = _read(self._file)
                 self._file.close()
@@ -48,17 +45,6 @@ class RunLock:
             self._file.flush()
         except OSError:  # a full disk: the lock holds all the same, only its text is missing
             os.ftruncate(self._file.fileno(), 0)
-
-    def _taken(self) -> bool:
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        except OSError as error:
-            if error.errno not in _NO_LOCKS_HERE:
-                raise
-            print("this file system knows no locks: take care that no other run uses the folder", file=sys.stderr)
-        return True
 
     def release(self) -> None:
         """Gives the folder back. The file stays: removing it would race with the next run."""

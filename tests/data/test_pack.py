@@ -19,7 +19,9 @@ from drawn import draw_folder, files, picture
 from PIL import Image
 from processes import children, gone
 
+from sivae_dist.data import files as files_module
 from sivae_dist.data import pack as pack_module
+from sivae_dist.data import pack_aside
 from sivae_dist.data.manifest import Manifest
 from sivae_dist.data.pack import pack
 from sivae_dist.data.pack_shard import PackOptions
@@ -176,11 +178,62 @@ def test_changed_options_or_pictures_are_refused(tmp_path):
 
 
 def test_two_packers_do_not_meet_in_one_folder(tmp_path, monkeypatch):
-    monkeypatch.setattr(pack_module, "_LOCK_WAIT_S", 0.1)
+    monkeypatch.setattr(pack_aside, "_WAIT_S", 0.1)
     source, destination = FolderSource(draw_folder(tmp_path / "raw", 3)), tmp_path / "shards"
-    (destination / ".pack").mkdir(parents=True)
-    with pack_module._lock(destination / ".pack"), pytest.raises(UserError, match="another process is packing"):
+    with pack_aside.held(destination / ".pack"), pytest.raises(UserError, match="another process is packing"):
         packed_quietly(source, destination, PackOptions(8))
+
+
+def test_who_waited_for_a_packer_that_finished_goes_on(tmp_path, monkeypatch):
+    """Its lock file is gone by then: a lock on that would keep nobody out."""
+    source, destination = FolderSource(draw_folder(tmp_path / "raw", 3)), tmp_path / "shards"
+    aside, real, finished = destination / ".pack", pack_aside.try_lock, []
+
+    def lock_of_another(file, others):
+        if not finished:
+            finished.append(True)
+            pack_aside.remove(aside)
+        return real(file, others)
+
+    monkeypatch.setattr(pack_aside, "try_lock", lock_of_another)
+    packed_quietly(source, destination, PackOptions(8))
+    assert load_manifest(FolderStore(destination)).shards[0].count == 3
+    assert finished and not aside.exists()
+
+
+def test_who_comes_while_a_packer_finishes_makes_the_folder_anew(tmp_path):
+    aside = tmp_path / ".pack"
+    with pack_aside.held(aside):
+        real, others = Path.unlink, []
+
+        def unlink(path, **rest):
+            real(path, **rest)
+            others.append(pack_aside.held(aside))
+            others[-1].__enter__()
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Path, "unlink", unlink)
+            pack_aside.remove(aside)
+    assert len(others) == 1 and list(aside.iterdir()) == [aside / "lock"]
+    others[0].__exit__(None, None, None)
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EACCES])
+def test_packing_where_the_file_system_knows_no_locks(tmp_path, monkeypatch, capsys, number):
+    """It had been told to wait for another process; what is no lack of locks is not passed over."""
+
+    def flock(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(files_module.fcntl, "flock", flock)
+    source = FolderSource(draw_folder(tmp_path / "raw", 3))
+    if number == errno.EACCES:
+        with pytest.raises(PermissionError):
+            packed_quietly(source, tmp_path / "shards", PackOptions(8))
+        return
+    packed_quietly(source, tmp_path / "shards", PackOptions(8))
+    told = f"take care that no other process packs into {tmp_path / 'shards'}"
+    assert told in capsys.readouterr().err
 
 
 def test_unreadable_pictures_are_skipped_and_listed(tmp_path):

@@ -18,7 +18,7 @@ import pytest
 from drawn import draw_folder
 from processes import children, gone
 
-from sivae_dist.data import pack as pack_module
+from sivae_dist.data import pack_aside
 from sivae_dist.data.pack import pack
 from sivae_dist.data.pack_shard import PackOptions
 from sivae_dist.data.pyramid import addresses_of
@@ -84,7 +84,7 @@ def kill_until_done(raw: Path, destination: Path, dice: random.Random, longest: 
     ("pictures", "rounds"), [(60, 1), pytest.param(200, 12, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])]
 )
 def test_kills_at_random_moments_lose_and_double_nothing(tmp_path, monkeypatch, pictures, rounds):
-    monkeypatch.setattr(pack_module, "_LOCK_WAIT_S", 60.0)
+    monkeypatch.setattr(pack_aside, "_WAIT_S", 60.0)
     raw = draw_folder(tmp_path / "raw", pictures, size=120)
     (raw / "0003.png").write_bytes(b"damaged")
     begin = time.monotonic()
@@ -101,6 +101,49 @@ def test_kills_at_random_moments_lose_and_double_nothing(tmp_path, monkeypatch, 
             assert sorted(keys) == [f"{n:04d}" for n in range(pictures) if n != 3]
         shutil.rmtree(tmp_path / "killed")
     print(f"{kills} kills in {rounds} packings")
+
+
+STEPS = {"os.mkdir", "os.rename", "os.remove", "os.rmdir"}
+
+
+def pack_until(step: int, raw: Path, destination: Path, options: PackOptions) -> None:
+    """Packs, and ends as a kill would right before the step-th change of what lies on the disk."""
+    left = step
+
+    def count(event: str, args: tuple[object, ...]) -> None:
+        nonlocal left
+        written = event == "open" and isinstance(args[2], int) and args[2] & (os.O_WRONLY | os.O_RDWR)
+        if event in STEPS or (written and str(destination) in str(args[0])):
+            left -= 1
+            if not left:
+                os._exit(9)
+
+    sys.addaudithook(count)
+    pack(FolderSource(raw), destination, options, workers=1, progress=False)
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("resolution", [16, (16, 32)])
+def test_a_kill_before_any_step_leaves_nothing_behind(tmp_path, resolution):
+    options = PackOptions(resolution, format="png", shard_size="4", val_count=2)
+    raw = draw_folder(tmp_path / "raw", 10)
+    (raw / "0003.png").write_bytes(b"damaged")
+    pack(FolderSource(raw), tmp_path / "clean", options, workers=1, progress=False)
+    expected, step, ended = tree(tmp_path / "clean"), 0, None
+    while ended != 0:
+        step += 1
+        process = multiprocessing.get_context("fork").Process(
+            target=pack_until, args=(step, raw, tmp_path / "killed", options)
+        )
+        process.start()
+        process.join()
+        ended = process.exitcode
+        assert ended in (0, 9)
+        pack(FolderSource(raw), tmp_path / "killed", options, workers=1, progress=False)
+        assert tree(tmp_path / "killed") == expected, f"killed before step {step}"
+        assert not (tmp_path / "killed" / ".pack").exists()
+        shutil.rmtree(tmp_path / "killed")
+    assert step > 25
 
 
 def test_names_come_in_order_however_they_are_stored(monkeypatch):
