@@ -11,9 +11,10 @@ from typing import Any
 from sivae_dist.engine import checkpoint
 from sivae_dist.engine.checkpoint_writer import CheckpointConfig, best_checkpoint, kept
 from sivae_dist.engine.config import checkpoint_section, read_yaml
-from sivae_dist.engine.run_folder import RunFolder, write_atomic
+from sivae_dist.engine.run_folder import RunFolder
 from sivae_dist.engine.run_lock import RunLock
 from sivae_dist.errors import UserError
+from sivae_dist.files import write_atomically
 
 
 @dataclass(frozen=True)
@@ -152,7 +153,7 @@ def _prune(folder: Path, config: CheckpointConfig, *, damaged: bool, dry_run: bo
     size = sum(file.stat().st_size for path in removes for file in path.rglob("*") if file.is_file())
     if not dry_run:
         if resume_from is not None and latest != resume_from:  # before what it names goes
-            write_atomic(folder / "latest", resume_from.name + "\n")
+            write_atomically(folder / "latest", resume_from.name + "\n")
         for path in removes:
             checkpoint.remove(path)
     return Pruning(keeps, removes, [] if damaged else bad, size)

@@ -11,8 +11,9 @@ from typing import Any
 
 from sivae_dist.engine import checkpoint
 from sivae_dist.engine.config import RunConfig, from_dict, merge, read_yaml, to_dict, to_yaml
-from sivae_dist.engine.run_folder import RunFolder, environment, write_atomic, write_json
+from sivae_dist.engine.run_folder import RunFolder, environment
 from sivae_dist.errors import UserError
+from sivae_dist.files import write_atomically, write_json
 from sivae_dist.interop import published
 from sivae_dist.interop.published import Format, Published
 from sivae_dist.models import ModelConfig
@@ -99,7 +100,7 @@ def import_published(
     }
     folder.create()
     try:
-        write_atomic(folder.config, to_yaml(config))
+        write_atomically(folder.config, to_yaml(config))
         write_json(folder.manifest, {**environment(), "imported": facts})
         write_json(folder.root / "imported.json", facts)
         written = checkpoint.write(folder.checkpoints, checkpoint.snapshot(nimg, model, average, {}, state))

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from sivae_dist.data.base import HostBatch, resized
 from sivae_dist.data.decode import open_image, prepare
-from sivae_dist.data.files import expanded
 from sivae_dist.data.manifest import FILE_NAME
 from sivae_dist.data.pyramid import level_for
 from sivae_dist.data.shard_read import ShardReader, load_manifest
@@ -20,6 +19,7 @@ from sivae_dist.data.sources.folder import FolderSource
 from sivae_dist.data.store import Access, open_store
 from sivae_dist.engine.load import Noise, Trained
 from sivae_dist.errors import UserError
+from sivae_dist.files import expanded
 
 
 @dataclass(frozen=True)

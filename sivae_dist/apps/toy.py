@@ -22,8 +22,9 @@ from tqdm import tqdm
 from sivae_dist.distributed import launcher
 from sivae_dist.engine.config import RunConfig, from_dict, read_yaml, to_yaml
 from sivae_dist.engine.guard import GIVEN_UP
-from sivae_dist.engine.run_folder import RunFolder, write_atomic
+from sivae_dist.engine.run_folder import RunFolder
 from sivae_dist.errors import UserError
+from sivae_dist.files import write_atomically
 from sivae_dist.resources import configs_dir
 
 DensityName = Literal["8gaussians", "2spirals", "checkerboard", "rings"]
@@ -222,7 +223,7 @@ def train(jobs: Sequence[Job], out: Path, *, at_once: int, progress: bool = True
 def _start(job: Job, out: Path) -> _Running:
     recipe = out / "configs" / f"{job.name}.yaml"
     recipe.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(recipe, to_yaml(job.config))
+    write_atomically(recipe, to_yaml(job.config))
     _log(out, job).parent.mkdir(parents=True, exist_ok=True)
     log = open(_log(out, job), "ab")  # noqa: SIM115 (closed when the process has ended)
     command = [sys.executable, "-m", "sivae_dist", "train", "--config", str(recipe), "--out", str(job.run.root)]

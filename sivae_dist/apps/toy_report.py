@@ -19,11 +19,11 @@ from sivae_dist.apps.toy import Job
 from sivae_dist.data.toy2d import EXTENT, Toy2dStream
 from sivae_dist.engine.load import Trained, load
 from sivae_dist.engine.precision import Precision
-from sivae_dist.engine.run_folder import write_atomic, write_json
 from sivae_dist.engine.tracking import read_metrics
 from sivae_dist.errors import UserError
 from sivae_dist.evaluation import plots2d, toy2d
 from sivae_dist.evaluation.grids import save_png
+from sivae_dist.files import write_atomically, write_json
 
 PUBLISHED_SAMPLES = 5000  # of data and model in a draw of the published KL and JSD
 PUBLISHED_POINTS = 12_800  # of data in the published gnELBO
@@ -266,7 +266,7 @@ def write(jobs: Sequence[Job], out: Path, also: Sequence[Path] = ()) -> str:
         seen.setdefault((row["density"], row["objective"], row["seed"]), row)
     rows = list(seen.values())
     text = table(rows)
-    write_atomic(out / "toy.md", text + "\n")
+    write_atomically(out / "toy.md", text + "\n")
     write_json(out / "toy.json", {"runs": rows, "settings": settings(jobs)})
     if not all(row.get("given_up") for row in own):
         figures(jobs, own, out)

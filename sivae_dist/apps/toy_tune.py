@@ -27,9 +27,10 @@ from sivae_dist.apps.toy import DensityName, Job, ObjectiveName, PrecisionName, 
 from sivae_dist.counters import key, uniform
 from sivae_dist.data.toy2d import EXTENT, Toy2dStream
 from sivae_dist.engine.load import load
-from sivae_dist.engine.run_folder import RunFolder, write_json
+from sivae_dist.engine.run_folder import RunFolder
 from sivae_dist.errors import UserError
 from sivae_dist.evaluation import toy2d
+from sivae_dist.files import write_json
 
 ITERATIONS = 3000  # of a trial
 REACH = 4.0

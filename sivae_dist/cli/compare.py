@@ -58,12 +58,12 @@ def compare(
 def _write(out: Path, shown: str, values: str, sheet: object, *, quiet: bool) -> None:
     import numpy as np  # noqa: PLC0415
 
-    from sivae_dist.engine.run_folder import write_atomic  # noqa: PLC0415
     from sivae_dist.evaluation.grids import save_png  # noqa: PLC0415
+    from sivae_dist.files import write_atomically  # noqa: PLC0415
 
     out.mkdir(parents=True, exist_ok=True)
-    write_atomic(out / "compare.md", shown + "\n")
-    write_atomic(out / "compare.json", values + "\n")
+    write_atomically(out / "compare.md", shown + "\n")
+    write_atomically(out / "compare.json", values + "\n")
     if isinstance(sheet, np.ndarray):
         save_png(out / "samples.png", sheet)
     if not quiet:

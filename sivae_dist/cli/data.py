@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Literal
 
 from sivae_dist.cli.errors import interrupts_raise
-from sivae_dist.data.files import size_of
 from sivae_dist.data.manifest import Manifest
 from sivae_dist.data.pack import PackReport
 from sivae_dist.data.pack import pack as pack_source
@@ -21,6 +20,7 @@ from sivae_dist.data.sources.listed import ListedSplit
 from sivae_dist.data.store import open_store
 from sivae_dist.data.verify import verify as verify_folder
 from sivae_dist.errors import UserError
+from sivae_dist.files import size_of
 from sivae_dist.registry import component
 
 _SHOWN = 20

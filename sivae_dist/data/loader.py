@@ -19,7 +19,6 @@ from sivae_dist.data.augment import Augmentation, Fill
 from sivae_dist.data.base import DataConfig, HostBatch
 from sivae_dist.data.device_decode import DeviceDecoding
 from sivae_dist.data.faults import Fault
-from sivae_dist.data.files import size_of
 from sivae_dist.data.jpeg import DecoderName
 from sivae_dist.data.parts import Parts, Reads, in_shard_order, listed, planned
 from sivae_dist.data.pictures import Arrivals, Decoded, Failure, Made, Pictures, Settings, Unopened
@@ -35,6 +34,7 @@ from sivae_dist.data.watch import Watch
 from sivae_dist.data.workers import InThread, LateError, LostError, Team, Work
 from sivae_dist.devices import cuda_used
 from sivae_dist.errors import UserError
+from sivae_dist.files import size_of
 
 log = logging.getLogger("sivae_dist")
 

@@ -20,7 +20,6 @@ import numpy as np
 from tqdm import tqdm
 
 from sivae_dist.data import pack_aside
-from sivae_dist.data.files import expanded, sync_folder, write_atomically
 from sivae_dist.data.manifest import FILE_NAME, SPLITS, Manifest
 from sivae_dist.data.pack_items import ItemList, list_items, read_items
 from sivae_dist.data.pack_shard import (
@@ -39,6 +38,7 @@ from sivae_dist.data.pyramid_file import PyramidFile, read_pyramid
 from sivae_dist.data.sources.base import Source
 from sivae_dist.data.stores.folder import FolderStore
 from sivae_dist.errors import UserError
+from sivae_dist.files import expanded, sync, write_atomically
 
 _PROBES = 16  # pictures encoded beforehand to estimate the size
 _TAR_OVERHEAD = 512 + 1024  # header of the picture, and its small JSON member with header
@@ -91,7 +91,7 @@ def pack(
         note = recorded(options, source, items.sha256)
         if finished := _finished(destination, folders, aside, note):
             _complete_pyramid(destination, folders, aside, finished[0])
-            _clear(destination, folders, aside)
+            pack_aside.remove(aside)
             manifests, skipped = finished
             return PackReport(manifests, skipped, 0, len(manifests[0].shards), time.monotonic() - begin)
         means = _same_options(aside / "options.json", note) or _estimate(source, items, options)
@@ -99,7 +99,7 @@ def pack(
         for folder, side in zip(folders, options.resolutions, strict=True):
             folder.mkdir(exist_ok=True)
             (aside / str(side)).mkdir(exist_ok=True)
-        sync_folder(destination)
+        sync(destination)
         tasks = _tasks(items, options, means)
         done = {t.name: d for t in tasks if (d := ShardDone.load(aside / f"{t.name}.done", folders))}
         reused = len(done)
@@ -116,7 +116,7 @@ def pack(
         manifests, skipped = _conclude(source, folders, items, [done[t.name] for t in tasks], note)
         if folders != (destination,):
             write_atomically(destination / PYRAMID_NAME, PyramidFile.of(manifests).to_bytes())
-        _clear(destination, folders, aside)
+        pack_aside.remove(aside)
     enlarged = sum(d.enlarged for d in done.values())
     return PackReport(manifests, skipped, enlarged, reused, time.monotonic() - begin)
 
@@ -248,11 +248,3 @@ def _conclude(
         write_atomically(folder / FILE_NAME, manifest.to_bytes())
         manifests.append(manifest)
     return tuple(manifests), skipped
-
-
-def _clear(destination: Path, folders: tuple[Path, ...], aside: Path) -> None:
-    """Nothing but the data set stays: this is also how a finished packing ends that was killed while it ended."""
-    for folder in dict.fromkeys((destination, *folders)):
-        for stale in folder.glob(".*.tmp"):  # of a run that was killed between writing and renaming
-            stale.unlink()
-    pack_aside.remove(aside)

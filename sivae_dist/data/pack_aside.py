@@ -10,8 +10,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
-from sivae_dist.data.files import try_lock
 from sivae_dist.errors import UserError
+from sivae_dist.files import try_lock
 
 _LOCK = "lock"
 _WAIT_S = 3.0  # workers of a killed packer hold the lock until they end, too

@@ -18,13 +18,13 @@ import numpy as np
 import numpy.typing as npt
 
 from sivae_dist.data.decode import encode, resized, square
-from sivae_dist.data.files import write_atomically
 from sivae_dist.data.manifest import EXTENSIONS, MAX_MEMBER_BYTES, MAX_RESOLUTION, ShardInfo
 from sivae_dist.data.pack_items import read_items
 from sivae_dist.data.procs import Tick
 from sivae_dist.data.shard_write import ShardWriter
 from sivae_dist.data.sources.base import Item, Source
 from sivae_dist.errors import UserError
+from sivae_dist.files import write_atomically
 
 _BRING_BACK = "see that the source can be read and run the same command again: finished shards are kept"
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(B|KB|MB|GB|TB|KIB|MIB|GIB|TIB)", re.IGNORECASE)

@@ -14,13 +14,13 @@ from pathlib import Path
 
 from sivae_dist.data import pyramid_file
 from sivae_dist.data.faults import DataError, RefusedError
-from sivae_dist.data.files import expanded
 from sivae_dist.data.manifest import FILE_NAME
 from sivae_dist.data.pyramid_file import PyramidFile, read_pyramid
 from sivae_dist.data.shard_read import load_index, load_manifest
 from sivae_dist.data.store import Access, FolderStore, open_store
 from sivae_dist.data.stores.address import expand, fill, scheme_of
 from sivae_dist.errors import UserError
+from sivae_dist.files import expanded
 
 _USUAL_SIDES = tuple(2**n for n in range(3, 14))
 

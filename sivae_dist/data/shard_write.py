@@ -14,8 +14,8 @@ import zlib
 from pathlib import Path
 from typing import Any
 
-from sivae_dist.data.files import sync_folder
 from sivae_dist.data.manifest import ShardInfo
+from sivae_dist.files import sync
 
 INDEX_FORMAT = "sivae-index"
 INDEX_VERSION = 1
@@ -65,7 +65,7 @@ class ShardWriter:
             self._sync(file)
         for path, end in zip(self._paths, ("tar", "index"), strict=True):
             os.replace(path, self.folder / f"{self.name}.{end}")
-        sync_folder(self.folder)
+        sync(self.folder)
         return ShardInfo(
             name=self.name,
             split=self.split,

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Mapping
@@ -37,8 +36,8 @@ from sivae_dist.distributed.parts import read_whole
 from sivae_dist.distributed.replicated import Replicated
 from sivae_dist.distributed.sharding import host_copies, put
 from sivae_dist.distributed.strategy import Strategy, moments
-from sivae_dist.engine.run_folder import write_atomic
 from sivae_dist.errors import UserError
+from sivae_dist.files import sync, write_atomically
 
 FORMAT = 2  # that this version reads; 1: whole files, 2: parts
 _MAX_JSON_BYTES = 16 << 20
@@ -160,9 +159,8 @@ def publish(aside: Path, final: Path) -> Path:
     """Gives a folder of files that are all on the disk the name of a complete checkpoint, and moves `latest` to it."""
     remove(final)  # an earlier life of this run may have written it before it was taken back
     aside.rename(final)
-    _sync(final.parent)
-    write_atomic(final.parent / "latest", final.name + "\n")
-    _sync(final.parent)
+    sync(final.parent)
+    write_atomically(final.parent / "latest", final.name + "\n")
     return final
 
 
@@ -180,8 +178,8 @@ def write_lists(aside: Path, state: dict[str, Any]) -> None:
     listing = {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files}
     (aside / "files.json").write_text(json.dumps(listing, indent=1), encoding="utf-8")
     for path in [*files, aside / "files.json"]:
-        _sync(path)
-    _sync(aside)
+        sync(path)
+    sync(aside)
 
 
 def remove(path: Path) -> None:
@@ -191,6 +189,16 @@ def remove(path: Path) -> None:
         shutil.rmtree(doomed, ignore_errors=True)
         path.rename(doomed)
         shutil.rmtree(doomed, ignore_errors=True)
+
+
+def sweep(folder: Path) -> None:
+    """Removes what processes left that were killed while they wrote or deleted a checkpoint: it fills the disk.
+
+    Only for the one process that writes there, before it writes.
+    """
+    for end in ("tmp", "deleted"):
+        for path in folder.glob(f".nimg-*.{end}"):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def read(path: Path, *, parts: bool = True) -> Snapshot:
@@ -329,12 +337,3 @@ def latest(folder: Path) -> Path | None:
 def _sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    """Forces a file or a folder's entries to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -12,8 +12,9 @@ from sivae_dist.data import Stream
 from sivae_dist.engine import checkpoint
 from sivae_dist.engine.checkpoint import Snapshot
 from sivae_dist.engine.config import RunConfig, from_dict, to_dict
-from sivae_dist.engine.run_folder import RunFolder, write_atomic
+from sivae_dist.engine.run_folder import RunFolder
 from sivae_dist.errors import UserError
+from sivae_dist.files import write_atomically
 from sivae_dist.models import Autoencoder
 
 # A resumed run must agree with its checkpoint in these: they fix what the weights mean and which sample comes when.
@@ -90,7 +91,7 @@ def _identity(path: Path) -> dict[str, str]:
 def settle(run: RunFolder, start: Path | None) -> None:
     """From now on the folder's run goes on from `start`, if that is one of its checkpoints, even if killed now."""
     if start is not None and start.resolve().parent == run.checkpoints.resolve():
-        write_atomic(run.checkpoints / "latest", start.name + "\n")
+        write_atomically(run.checkpoints / "latest", start.name + "\n")
 
 
 def left_behind(run: RunFolder, nimg: int) -> list[Path]:

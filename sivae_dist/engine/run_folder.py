@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import platform
 import subprocess
 import sys
@@ -51,25 +49,6 @@ class RunFolder:
             raise UserError(
                 f"cannot write the run folder {self.root}: {error}", "choose another place with --out"
             ) from error
-
-
-def write_atomic(path: Path, text: str) -> None:
-    """Writes beside, syncs and renames: a reader or a restart sees the old text or the new one, never a part."""
-    aside = path.with_name(f".{path.name}.tmp")
-    try:
-        with open(aside, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
-    except OSError:
-        aside.unlink(missing_ok=True)
-        raise
-
-
-def write_json(path: Path, value: object) -> None:
-    """As `write_atomic`, of indented JSON."""
-    write_atomic(path, json.dumps(value, indent=2, default=str) + "\n")
 
 
 def environment() -> dict[str, object]:

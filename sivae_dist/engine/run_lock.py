@@ -9,8 +9,8 @@ import time
 from pathlib import Path
 from typing import IO
 
-from sivae_dist.data.files import try_lock
 from sivae_dist.errors import UserError
+from sivae_dist.files import try_lock
 
 FILE_NAME = ".lock"
 _WAIT_S = 3.0  # data workers of a run that was killed share its lock until they notice that it has gone

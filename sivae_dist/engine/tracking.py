@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from sivae_dist.engine.run_folder import RunFolder
 from sivae_dist.errors import UserError
+from sivae_dist.files import write_atomically
 
 # What the progress line shows behind the bar, where a run reports it.
 SHOWN = {
@@ -143,12 +144,7 @@ def cut_back(path: Path, nimg: int) -> None:
     if not path.is_file():
         return
     kept = [json.dumps(row) + "\n" for row in read_metrics(path) if row.get("nimg", 0) <= nimg]
-    aside = path.with_name(f".{path.name}.tmp")
-    with open(aside, "w", encoding="utf-8") as file:
-        file.writelines(kept)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
+    write_atomically(path, "".join(kept))
 
 
 class Progress:

@@ -36,7 +36,7 @@ from sivae_dist.engine.loss_scale import LossScales
 from sivae_dist.engine.losses import DataLosses
 from sivae_dist.engine.meters import Meters
 from sivae_dist.engine.precision import Precision
-from sivae_dist.engine.run_folder import RunFolder, environment, write_atomic, write_json
+from sivae_dist.engine.run_folder import RunFolder, environment
 from sivae_dist.engine.run_lock import RunLock
 from sivae_dist.engine.schedule import due
 from sivae_dist.engine.stopping import StopSignals
@@ -44,6 +44,7 @@ from sivae_dist.engine.summary import summarise
 from sivae_dist.engine.tracking import Progress, Tracker
 from sivae_dist.errors import UserError
 from sivae_dist.evaluation.grids import save_png
+from sivae_dist.files import write_atomically, write_json
 from sivae_dist.models import Autoencoder, unmoved
 from sivae_dist.models.blocks import recompute_blocks
 from sivae_dist.objectives import Objective
@@ -66,6 +67,7 @@ class Trainer:
         if writes and self.group.is_main:
             self.folder.create()
             self.lock = RunLock(self.folder.root)
+            checkpoint.sweep(self.folder.checkpoints)
         try:
             self._build(resume_from)
         except BaseException:  # whoever mends what was wrong in the same process finds the folder free
@@ -281,15 +283,12 @@ class Trainer:
 
     def _describe(self) -> None:
         if self.group.is_main:
-            write_atomic(self.folder.config, to_yaml(self.config))
+            write_atomically(self.folder.config, to_yaml(self.config))
             facts: dict[str, object] = {"launch": self.launch.describe(), "started_at_nimg": self.nimg}
             facts |= {"data": self.stream.fingerprint, "evaluated_on": self.stream.held_out_split}
-            facts |= {
-                "strategy": self.strategy.name,
-                "kernels": self.kernels,
-                "decoder": getattr(self.stream, "decoder", None),
-                "decode": getattr(self.config.data, "decode", None),
-            }
+            facts |= {"strategy": self.strategy.name, "kernels": self.kernels}
+            facts |= {"decoder": getattr(self.stream, "decoder", None)}
+            facts |= {"decode": getattr(self.config.data, "decode", None)}
             facts |= {"code": agreement.code_hash(), "versions": agreement.versions()}
             write_json(self.folder.manifest, {**environment(), **facts})
 

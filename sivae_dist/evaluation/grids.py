@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeAlias
@@ -13,6 +12,8 @@ import numpy.typing as npt
 import torch
 from PIL import Image
 from torch import Tensor
+
+from sivae_dist.files import replacing
 
 Pixels: TypeAlias = npt.NDArray[np.uint8]
 
@@ -80,13 +81,5 @@ def save_png(path: str | os.PathLike[str], array: Pixels) -> None:
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    aside = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
-    try:
-        with aside.open("wb") as file:
-            Image.fromarray(array).save(file, format="PNG")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, target)
-    except BaseException:
-        aside.unlink(missing_ok=True)
-        raise
+    with replacing(target) as file:
+        Image.fromarray(array).save(file, format="PNG")

@@ -19,7 +19,7 @@ from drawn import draw_folder, files, picture
 from PIL import Image
 from processes import children, gone
 
-from sivae_dist.data import files as files_module
+from sivae_dist import files as files_module
 from sivae_dist.data import pack as pack_module
 from sivae_dist.data import pack_aside
 from sivae_dist.data.manifest import Manifest

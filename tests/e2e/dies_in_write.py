@@ -10,7 +10,7 @@ import sys
 from sivae_dist.cli.train import main
 from sivae_dist.engine import checkpoint
 
-sync, calls, fatal = checkpoint._sync, 0, int(os.environ["DIE_AT_SYNC"])
+sync, calls, fatal = checkpoint.sync, 0, int(os.environ["DIE_AT_SYNC"])
 
 
 def dying_sync(path):
@@ -21,5 +21,5 @@ def dying_sync(path):
     sync(path)
 
 
-checkpoint._sync = dying_sync
+checkpoint.sync = dying_sync
 main(sys.argv[1:])

@@ -2,7 +2,8 @@
 
 Reads one JSON object a line: {"arguments", "env", "cwd", "stdout", "stderr", "seconds"}; answers with the exit status.
 With "shell" instead of arguments it runs that text in bash (it may live where other file systems are mounted). With
-"unwarned" the packer's look at the free space finds enough, as it does when others fill the disk later.
+"unwarned" the packer's look at the free space finds enough, as it does when others fill the disk later. With
+"dies_before": [step, folder] it is killed right before that change of the folder; see steps.py.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import sys
 import threading
 import time
 import traceback
+from pathlib import Path
 
 import accelerate  # noqa: F401
 import torch._dynamo
@@ -34,6 +36,10 @@ import sivae_dist.engine.dry_run
 import sivae_dist.engine.trainer
 from sivae_dist.cli import main
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "data"))
+
+from steps import die_before
+
 
 def child(order: dict) -> None:
     """Becomes the command, up to the end of its threads and exit functions; only freeing all memory is left out."""
@@ -47,6 +53,9 @@ def child(order: dict) -> None:
         os.execvp("bash", ["bash", "-euc", order["shell"]])
     if order.get("unwarned"):
         sivae_dist.data.pack._check_space = lambda *_: None
+    if "dies_before" in order:
+        step, folder = order["dies_before"]
+        die_before(step, Path(folder), but="/tensorboard/")
     sys.argv = ["sivae-dist", *order["arguments"]]
     status = 0
     try:

@@ -147,3 +147,19 @@ def test_evaluate_needs_a_whole_checkpoint(run: Runner, again, packed: Path, tmp
     refused(run("evaluate", newest.parents[1]), "no key model.zdimm")
     refused(run("evaluate", tmp_path / "nothing"), "there is no checkpoint in")
     assert write_config(tmp_path / "c.yaml", packed).is_file()
+
+
+def test_what_killed_processes_left_of_checkpoints_is_removed(run: Runner, trained: Path, tmp_path: Path) -> None:
+    """A part of a checkpoint that no later one happens to overwrite had filled the disk for good."""
+    folder = Path(shutil.copytree(trained, tmp_path / "run"))
+    left = [folder / "checkpoints" / name for name in (".nimg-000000017.tmp", ".nimg-000000018.deleted")]
+    for path in left:
+        path.mkdir()
+        (path / "weights.safetensors").write_bytes(b"half")
+    command = ("train", "--config", folder / "config.yaml", "--out", folder)
+    assert run(*command, "--dry-run").status == 0
+    assert all(path.is_dir() for path in left), "a dry run only reads"
+    before = checkpoints(folder)
+    assert run(*command).status == 0
+    assert not any(path.exists() for path in left)
+    assert checkpoints(folder) == before

@@ -19,10 +19,10 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from sivae_dist.data.files import expanded
 from sivae_dist.data.sources.base import Recipe
 from sivae_dist.data.sources.numbered import NumberedSource, check_complete, find_numbered
 from sivae_dist.errors import UserError, nearest
+from sivae_dist.files import expanded
 
 TOTAL, TRAIN = 30_000, 29_000
 LICENSE = "non-commercial research (CelebA's terms)"

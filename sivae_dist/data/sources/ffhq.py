@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sivae_dist.data.files import expanded
 from sivae_dist.data.sources.base import Recipe
 from sivae_dist.data.sources.numbered import NumberedSource, check_complete, find_numbered
 from sivae_dist.errors import UserError
+from sivae_dist.files import expanded
 
 TOTAL, TRAIN = 70_000, 60_000
 LICENSE = "CC BY-NC-SA 4.0; each picture has the licence of its photograph (CC BY 2.0, CC BY-NC 2.0, or public domain)"

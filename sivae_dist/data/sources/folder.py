@@ -13,10 +13,10 @@ import numpy as np
 from PIL import Image
 
 from sivae_dist.data.decode import MAX_PIXELS, open_image
-from sivae_dist.data.files import expanded
 from sivae_dist.data.sources.base import Item, Recipe, file_bytes
 from sivae_dist.data.sources.listing import Kind, SortedNames, Tell, entered, entries, kind_of, listed, visible
 from sivae_dist.errors import UserError
+from sivae_dist.files import expanded
 
 EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".pnm"})
 _NOT_IN_KEYS = re.compile(r"[^A-Za-z0-9_/-]+")

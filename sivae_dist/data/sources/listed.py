@@ -12,10 +12,10 @@ from pathlib import Path
 
 from PIL import Image
 
-from sivae_dist.data.files import expanded
 from sivae_dist.data.sources.base import Item, Source
 from sivae_dist.data.sources.listing import Tell
 from sivae_dist.errors import UserError
+from sivae_dist.files import expanded
 
 _LARGEST_LIST = 1 << 30
 

@@ -23,10 +23,10 @@ import numpy.typing as npt
 from PIL import Image
 
 from sivae_dist.data.decode import MAX_PIXELS, open_image
-from sivae_dist.data.files import expanded
 from sivae_dist.data.sources.base import Item, Recipe
 from sivae_dist.data.sources.folder import is_picture, safe_key, shared_stems
 from sivae_dist.errors import UserError
+from sivae_dist.files import expanded
 
 MAX_MEMBERS = 4_000_000
 MAX_MEMBER_BYTES = 256 << 20  # of one picture, packed or not

@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from sivae_dist.data.files import expanded
 from sivae_dist.data.manifest import FILE_NAME, MAX_MANIFEST_BYTES, Manifest
 from sivae_dist.errors import UserError
+from sivae_dist.files import expanded
 
 REREADS = 3  # of a small file that seems to have been damaged on its way
 

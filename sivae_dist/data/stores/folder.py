@@ -9,11 +9,11 @@ from collections import OrderedDict
 from pathlib import Path
 
 from sivae_dist.data.faults import DataError, StorageError
-from sivae_dist.data.files import expanded
 from sivae_dist.data.manifest import FILE_NAME
 from sivae_dist.data.pyramid_file import several
 from sivae_dist.data.stores.base import NoMemory
 from sivae_dist.errors import UserError
+from sivae_dist.files import expanded
 
 _OPEN_FILES = 256  # a rank with all 128 lanes has up to two shards open per lane
 

@@ -10,10 +10,10 @@ import shutil
 import tempfile
 from dataclasses import dataclass
 
-from sivae_dist.data.files import size_of
 from sivae_dist.data.stores.address import scheme_of
 from sivae_dist.data.stores.base import Access, Events
 from sivae_dist.data.stores.cache import BlockCache, refuse_shared
+from sivae_dist.files import size_of
 
 _GB = 1e9
 _WORTH = 0.2 * _GB  # a cache below this is hardly one

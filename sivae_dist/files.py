@@ -1,11 +1,14 @@
-"""Files: paths as users write them, sizes in words, and writing so that a file appears whole or not at all."""
+"""Files: paths as users write them, sizes in words, locks, and writing so that a file appears whole or not at all."""
 
 from __future__ import annotations
 
 import errno
 import fcntl
+import json
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -23,28 +26,44 @@ def expanded(path: str | Path) -> Path:
         raise UserError(what, "write the whole path instead of ~, or set HOME") from None
 
 
-def sync_folder(folder: Path) -> None:
-    """Makes renames inside `folder` survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Forces a file, or the names in a folder, to the disk: they survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Writes aside, fsyncs and renames, so that a reader sees the old file or the new one."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+@contextmanager
+def replacing(path: Path) -> Iterator[IO[bytes]]:
+    """A file beside `path`, which is synced and takes its place at the end: readers see the old file or all of the new.
+
+    Named after `path` alone, so that what a killed process left is written over the next time. One process at a time
+    may write a path. After an error there is nothing new.
+    """
+    aside = path.with_name(f".{path.name}.tmp")
     try:
         with open(aside, "wb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(aside, path)
-    except OSError:
+    except BaseException:
         aside.unlink(missing_ok=True)
         raise
-    sync_folder(path.parent)
+    sync(path.parent)
+
+
+def write_atomically(path: Path, data: bytes | str) -> None:
+    """Writes a whole file, as `replacing` does; text as UTF-8."""
+    with replacing(path) as file:
+        file.write(data.encode() if isinstance(data, str) else data)
+
+
+def write_json(path: Path, value: object) -> None:
+    """As `write_atomically`, of indented JSON."""
+    write_atomically(path, json.dumps(value, indent=2, default=str) + "\n")
 
 
 def try_lock(file: IO[Any], others: str) -> bool:
