@@ -114,7 +114,9 @@ def _metrics(path: Path) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Pruning:
-    """What a pruning keeps, and why; what it removes; damaged ones that stay because they were not asked for."""
+    """What a pruning keeps, and why; what it removes, of which some may be parts that a killed process left; damaged
+    ones that stay because they were not asked for.
+    """
 
     keeps: dict[Path, str]
     removes: list[Path]
@@ -150,10 +152,12 @@ def _prune(folder: Path, config: CheckpointConfig, *, damaged: bool, dry_run: bo
     resume_from = latest if latest in good else good[-1] if good else None
     keeps = kept(config, good, resume_from)
     removes = [path for path in good if path not in keeps] + (bad if damaged else [])
-    size = sum(file.stat().st_size for path in removes for file in path.rglob("*") if file.is_file())
+    left = checkpoint.debris(folder)
+    size = sum(file.stat().st_size for path in removes + left for file in path.rglob("*") if file.is_file())
     if not dry_run:
         if resume_from is not None and latest != resume_from:  # before what it names goes
             write_atomically(folder / "latest", resume_from.name + "\n")
         for path in removes:
             checkpoint.remove(path)
-    return Pruning(keeps, removes, [] if damaged else bad, size)
+        checkpoint.sweep(folder)
+    return Pruning(keeps, left + removes, [] if damaged else bad, size)

@@ -191,14 +191,15 @@ def remove(path: Path) -> None:
         shutil.rmtree(doomed, ignore_errors=True)
 
 
-def sweep(folder: Path) -> None:
-    """Removes what processes left that were killed while they wrote or deleted a checkpoint: it fills the disk.
+def debris(folder: Path) -> list[Path]:
+    """What processes left that were killed while they wrote or deleted a checkpoint."""
+    return sorted(path for end in ("tmp", "deleted") for path in folder.glob(f".nimg-*.{end}"))
 
-    Only for the one process that writes there, before it writes.
-    """
-    for end in ("tmp", "deleted"):
-        for path in folder.glob(f".nimg-*.{end}"):
-            shutil.rmtree(path, ignore_errors=True)
+
+def sweep(folder: Path) -> None:
+    """Removes `debris`, which fills the disk. Only for the one process that writes there, before it writes."""
+    for path in debris(folder):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def read(path: Path, *, parts: bool = True) -> Snapshot:

@@ -154,6 +154,20 @@ def test_prune(run: Path, command: Any, options: tuple[object, ...], stay: list[
     assert command("verify", run)[0] == 0
 
 
+def test_prune_takes_what_killed_processes_left(run: Path, command: Any) -> None:
+    left = [run / "checkpoints" / name for name in (".nimg-000000017.tmp", ".nimg-000000018.deleted")]
+    for path in left:
+        path.mkdir()
+        (path / "weights.safetensors").write_bytes(bytes(10 << 20))
+    keep_all = ("--keep-last", 6)
+    status, said = command("prune", run, *keep_all, "--dry-run")
+    assert status == 0 and said.count("would remove") == 2 and "20 MiB would be free" in said
+    assert all(path.is_dir() for path in left)
+    assert command("prune", run, *keep_all)[0] == 0
+    assert not any(path.exists() for path in left)
+    assert names(run) == list(PSNR)
+
+
 def test_prune_does_as_the_training_does(run: Path, command: Any, tmp_path: Path) -> None:
     writer = CheckpointWriter(CheckpointConfig(background=False), tmp_path / "kept")
     for path in checkpoint.all_of(run / "checkpoints"):
