@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -122,7 +123,8 @@ class Evaluator:
         }
         model.train(training)
         rows = [images["images/real"], images["images/rec_mu"], images["images/prior_ema"]]
-        pictures = {tag: grid([tensor], _range(averaged)) for tag, tensor in images.items()}
+        side = math.ceil(math.sqrt(len(x)))  # TensorBoard's cards are narrow: one long line would be a thin strip
+        pictures = {tag: grid(torch.split(tensor, side), _range(averaged)) for tag, tensor in images.items()}
         pictures["grid"] = grid(rows, _range(averaged))
         return pictures
 

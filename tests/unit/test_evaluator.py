@@ -94,6 +94,17 @@ def test_pictures_show_what_metrics_judge(model: StyleAutoencoder) -> None:
     assert (pictures["images/real"] == fixed["images/real"]).all()
 
 
+def test_pictures_of_one_tag_are_as_high_as_wide(model: StyleAutoencoder) -> None:
+    """TensorBoard shows each in a narrow card; in the grid a column belongs together."""
+    pictures = evaluator(batch=4).pictures(model, model, columns=4)
+    side = pictures["images/real"].shape[0]
+    assert {picture.shape for tag, picture in pictures.items() if tag != "grid"} == {(side, side, 3)}
+    cell = (side - 2) // 2
+    assert pictures["grid"].shape == (3 * cell + 4, 4 * cell + 6, 3)
+    below = pictures["images/real"][cell + 2 :, :cell]
+    assert (below == pictures["grid"][:cell, 2 * (cell + 2) : 3 * cell + 4]).all()  # the third
+
+
 def test_looking_moves_no_average() -> None:
     """Published code moves the average style in evaluation; on ranks with other held-out images it would part."""
     torch.manual_seed(0)
