@@ -10,7 +10,6 @@ import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -179,34 +178,82 @@ def test_what_cannot_be_pickled_is_said():
         next(answers)
 
 
+ITS_OWN = """
+import multiprocessing, os, struct, time
+from pathlib import Path
+from sivae_dist.data.workers import Team
+
+def held():
+    \"\"\"Of this process: what its descriptors lead to, but for those of the listing itself.\"\"\"
+    found = []
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            found.append(os.readlink(f"/proc/self/fd/{name}"))
+        except FileNotFoundError:
+            pass
+    return sorted(found)
+
+def children():
+    me = os.getpid()
+    return Path(f"/proc/{me}/task/{me}/children").read_text().split()
+
+def sockets(request):
+    return sum(link.startswith("socket:") for link in held())
+
+def answer(request):
+    return request[:8] + bytes(struct.unpack_from("<q", request)[0])
+
+def team(work, requests):
+    return Team(lambda number: work, 3, requests, ahead=2, timeout_s=60)
+"""
+
+
+def in_a_process_of_its_own(program: str) -> str:
+    """What it prints. Here, what other tests have left may close or end at any time."""
+    ran = subprocess.run(
+        [sys.executable, "-c", ITS_OWN + program], check=False, capture_output=True, text=True, timeout=100
+    )
+    assert ran.returncode == 0, ran.stderr
+    return ran.stdout
+
+
 def test_workers_hold_no_ends_of_others():
-    def sockets(request):
-        return sum(os.readlink(f"/proc/self/fd/{n}").startswith("socket:") for n in range(3, 200) if there(n))
-
-    def there(number):
-        return os.path.lexists(f"/proc/self/fd/{number}")
-
-    first, second = (team(lambda number: sockets, [b""] * 3, count=3) for _ in range(2))
-    assert len({*first, *second}) == 1
-    first.close()
-    second.close()
-
-
-def descriptors() -> int:
-    return len(list(Path("/proc/self/fd").iterdir()))
+    """One socket each: its own end. Those forked last would have five ends of the others."""
+    program = """
+assert sockets(b"") == 0
+first, second = (team(sockets, [b""] * 3) for _ in range(2))
+print(*first, *second, sockets(b""))
+"""
+    assert in_a_process_of_its_own(program).split() == ["1"] * 6 + ["6"]
 
 
 def test_nothing_is_left_over_by_those_that_are_closed_or_dropped():
-    team(doubled, requests(9)).close()
-    before = descriptors(), children()
-    for number in range(6):
-        answers = team(doubled, requests(10_000, 50_000), count=3)
-        for _ in range(number):
-            next(answers)
-        answers.close()
-        answers.close()
-        assert list(answers) == []
-    assert (descriptors(), children()) == before, "no zombies either"
+    program = """
+def requests(count, size=0):
+    return (struct.pack("<q", number) + bytes(size) for number in range(count))
+
+team(answer, requests(9)).close()
+before = held(), children()
+for number in range(6):
+    answers = team(answer, requests(10_000, 50_000))
+    assert (held(), children()) != before
+    for _ in range(number):
+        next(answers)
+    answers.close()
+    answers.close()
+    assert list(answers) == []
+    assert (held(), children()) == before, "no zombies either"
+
+answers = team(answer, requests(10_000, 50_000))
+del answers
+assert sockets(b"") == 0
+until = time.monotonic() + 60
+while multiprocessing.active_children():
+    assert time.monotonic() < until, "they notice that nobody listens"
+assert (held(), children()) == before
+print("nothing")
+"""
+    assert in_a_process_of_its_own(program) == "nothing\n"
 
 
 def test_workers_that_do_not_listen_are_killed(monkeypatch):
