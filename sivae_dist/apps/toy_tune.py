@@ -112,47 +112,69 @@ def finals(
     """
     ranked: dict[Place, list[Trial]] = {}
     for trial in sorted(trials, key=lambda each: (judged(each), each.number)):
-        ranked.setdefault(_place(trial), []).append(trial)
-    places = dict.fromkeys(_place(trial) for trial in trials)
+        ranked.setdefault(place_of(trial), []).append(trial)
     found = []
     for rank in range(min(count, *(len(each) for each in ranked.values()))):
-        for density, objective in places:
-            trial = ranked[density, objective][rank]
-            (job,) = toy.plan(
-                out / "tune",
-                [density],
-                [objective],
-                seeds=[seed],
-                iterations=iterations,
-                stop_after=stop_after,
-                tuned={(density, objective): trial.settings},
-                precision=precision,
-                suffix=f"-trial{trial.number}",
+        for place in dict.fromkeys(place_of(trial) for trial in trials):
+            trial, length = ranked[place][rank], (iterations, stop_after)
+            found.append(
+                whole_run(out / "tune", place, trial.settings, trial.number, seed, length, precision=precision)
             )
-            settled = RunFolder(_home(out, job))
-            if settled.config.exists() and toy.holds(settled, job.config):
-                job = dataclasses.replace(job, run=settled)
-            found.append(Trial(trial.number, job, trial.settings))
-    homes = {trial.job.run.root for trial in found}
-    for place in places:
-        mine = [trial for trial in found if _place(trial) == place]
-        home = _home(out, mine[0].job)
-        if home.exists() and home not in homes:
-            raise UserError(f"{home} holds a run with settings that are not in the final", "give another --out")
+    check_homes(out, found)
     return found
 
 
-def settle(out: Path, finalists: Sequence[Trial]) -> None:
+def whole_run(
+    folder: Path,
+    place: Place,
+    settings: Mapping[str, float],
+    number: int,
+    seed: int,
+    length: tuple[int | None, int | None],
+    *,
+    precision: PrecisionName,
+) -> Trial:
+    """A trial as long as compared models, in folder/DENSITY-OBJECTIVE-seedS-trialN, or beside it if `settle` moved it.
+
+    length: iterations and stop_after of `toy.plan`, which raises UserError.
+    """
+    (job,) = toy.plan(
+        folder,
+        [place[0]],
+        [place[1]],
+        seeds=[seed],
+        iterations=length[0],
+        stop_after=length[1],
+        tuned={place: settings},
+        precision=precision,
+        suffix=f"-trial{number}",
+    )
+    settled = RunFolder(_home(folder.parent, job))
+    if settled.config.exists() and toy.holds(settled, job.config):
+        job = dataclasses.replace(job, run=settled)
+    return Trial(number, job, settings)
+
+
+def check_homes(out: Path, whole: Sequence[Trial]) -> None:
+    """Raises UserError where the place of the compared model has a run that is none of these."""
+    homes = {trial.job.run.root for trial in whole}
+    for trial in whole:
+        home = _home(out, trial.job)
+        if home.exists() and home not in homes:
+            raise UserError(f"{home} holds a run with settings that are not in the final", "give another --out")
+
+
+def settle(out: Path, finalists: Sequence[Trial], folder: str = "tune") -> None:
     """Moves the best finished whole run of each density and objective to where compared models are, others away."""
     chosen = choose(finalists)
     for trial in finalists:
         home = _home(out, trial.job)
-        away = out / "tune" / f"{home.name}-trial{trial.number}"
-        if trial.job.run.root == home and chosen[_place(trial)] != trial.settings:
+        away = out / folder / f"{home.name}-trial{trial.number}"
+        if trial.job.run.root == home and chosen[place_of(trial)] != trial.settings:
             home.rename(away)
     for trial in finalists:
         home = _home(out, trial.job)
-        if trial.job.run.root != home and chosen[_place(trial)] == trial.settings:
+        if trial.job.run.root != home and chosen[place_of(trial)] == trial.settings:
             trial.job.run.root.rename(home)
 
 
@@ -160,7 +182,8 @@ def _home(out: Path, job: Job) -> Path:
     return out / f"{job.density}-{job.objective}-seed{job.seed}"
 
 
-def _place(trial: Trial) -> Place:
+def place_of(trial: Trial) -> Place:
+    """What competes: trials of the same density and objective."""
     return trial.job.density, trial.job.objective
 
 
@@ -217,7 +240,7 @@ def choose(trials: Sequence[Trial]) -> Settings:
     """The settings of the best finished trial of each density and objective; the earlier one of equals."""
     best: dict[Place, tuple[float, int, Mapping[str, float]]] = {}
     for trial in trials:
-        place, value = _place(trial), judged(trial)
+        place, value = place_of(trial), judged(trial)
         if place not in best or (value, trial.number) < best[place][:2]:
             best[place] = value, trial.number, trial.settings
     return {place: settings for place, (_, _, settings) in best.items()}
@@ -226,15 +249,20 @@ def choose(trials: Sequence[Trial]) -> Settings:
 def write(trials: Sequence[Trial], path: Path, finalists: Sequence[Trial] = ()) -> Settings:
     """Chooses (among the finalists, if there are any), and writes all and the choice for `read` and for readers."""
     chosen = choose(finalists or trials)
-    names = {f"{density}-{objective}": dict(settings) for (density, objective), settings in chosen.items()}
-    told: dict[str, object] = {"chosen": names, **_told(trials)}
+    lines: dict[str, object] = {"chosen": by_name(chosen), **told(trials)}
     if finalists:
-        told["finals"] = _told(finalists)
-    write_json(path, told)
+        lines["finals"] = told(finalists)
+    write_json(path, lines)
     return chosen
 
 
-def _told(trials: Sequence[Trial]) -> dict[str, object]:
+def by_name(chosen: Settings) -> dict[str, dict[str, float]]:
+    """As files have it."""
+    return {f"{density}-{objective}": dict(settings) for (density, objective), settings in chosen.items()}
+
+
+def told(trials: Sequence[Trial]) -> dict[str, object]:
+    """What a file tells of trials: their length, their seed, and the settings and the divergence of each."""
     rows = [
         {
             "density": trial.job.density,
@@ -287,8 +315,8 @@ def table(trials: Sequence[Trial], finalists: Sequence[Trial] = ()) -> str:
     lines += ["| density | objective |" + "".join(f" {n} |" for n in range(count)) + ends + " settings |"]
     lines += ["|---" * (3 + count + bool(finalists)) + "|"]
     for place, settings in chosen.items():
-        mine = {t.number: judged(t) for t in trials if _place(t) == place}
-        last = ", ".join(f"{t.number}: {judged(t):.4f}" for t in finalists if _place(t) == place)
+        mine = {t.number: judged(t) for t in trials if place_of(t) == place}
+        last = ", ".join(f"{t.number}: {judged(t):.4f}" for t in finalists if place_of(t) == place)
         told = ", ".join(f"{knob} {value:g}" for knob, value in settings.items())
         cells = [*place, *(f"{mine[n]:.4f}" for n in range(count)), *([last] if finalists else []), told]
         lines.append(f"| {' | '.join(cells)} |")

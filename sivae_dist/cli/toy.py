@@ -22,6 +22,7 @@ def toy(
     tune: int | None = None,
     tune_iterations: int = 3000,
     finalists: int = 2,
+    refine: int | None = None,
     tuned: Path | None = None,
     precision: Literal["fp32", "bf16"] = "fp32",
     jobs: int = 1,
@@ -43,6 +44,8 @@ def toy(
         tune_iterations: Iterations of each of these trials.
         finalists: So many of the best trials of each are trained to the end, with the first seed, and the best of
             these is taken. 1: the best of the short trials, unseen.
+        refine: Then try so many changes of each choice (every weight halved in turn, then doubled, ...), trained to
+            the end with the first seed, and take the best; around the recipes', or those of --tuned. See tune.json.
         tuned: Train with the settings of this tune.json instead of the recipes'.
         precision: bf16 computes the networks in half precision, in about two thirds of the time.
         jobs: Models trained at once, one thread each.
@@ -59,7 +62,12 @@ def toy(
         raise UserError(
             "--tune and --tuned are given", "--tune searches for settings, --tuned takes those found before"
         )
+    if tune is not None and refine is not None:
+        raise UserError(
+            "--tune and --refine are given", "--tune first, then --tuned OUT/tune.json --refine 6 in a new --out"
+        )
     from sivae_dist.apps import toy as app  # noqa: PLC0415 (keeps --help quick)
+    from sivae_dist.apps import toy_refine as refining  # noqa: PLC0415
     from sivae_dist.apps import toy_report as report  # noqa: PLC0415
     from sivae_dist.apps import toy_tune as tuning  # noqa: PLC0415
 
@@ -86,6 +94,22 @@ def toy(
         settings = tuning.write(trials, out / "tune.json", best)
         print(tuning.table(trials, best), end="\n\n")
         tuning.settle(out, best)
+    if refine is not None:
+        near = refining.plan(
+            out,
+            densities,
+            objectives,
+            changes=refine,
+            seed=first_seed,
+            around=settings,
+            iterations=iterations,
+            stop_after=stop_after,
+            precision=precision,
+        )
+        app.train([trial.job for trial in near], out / refining.FOLDER, at_once=jobs)
+        settings = refining.write(near, out / "tune.json", tuned)
+        print(refining.table(near), end="\n\n")
+        tuning.settle(out, near, refining.FOLDER)
     chosen = app.plan(
         out,
         densities,

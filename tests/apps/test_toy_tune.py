@@ -175,6 +175,9 @@ def test_wrong_options_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[st
         (["--tune", "1"], "--tune is 1"),
         (["--tune", "2", "--finalists", "0"], "--finalists is 0"),
         (["--tune", "2", "--tuned", "x.json"], "--tune and --tuned"),
+        (["--tune", "2", "--refine", "6"], "--tune and --refine"),
+        (["--refine", "0"], "--refine is 0"),
+        (["--refine", "7"], "--refine is 7"),
         (["--tuned", str(tmp_path / "x.json")], "x.json holds no settings"),
     ):
         with pytest.raises(SystemExit):
