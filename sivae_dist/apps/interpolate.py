@@ -8,7 +8,6 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from sivae_dist.apps.output import claim, require_video, write_frames
 from sivae_dist.apps.paths import Kind, walk
@@ -17,6 +16,7 @@ from sivae_dist.apps.sources import code_of, described, image_range, name_of
 from sivae_dist.engine.load import Trained
 from sivae_dist.errors import UserError
 from sivae_dist.evaluation.grids import Pixels, cells, save_png
+from sivae_dist.progress import Bar
 
 Space = Literal["z", "style"]
 Still = Literal["fixed", "off"]  # noise that does not flicker
@@ -77,7 +77,7 @@ def _frames(
     trained: Trained, points: Tensor, space: Space, psi: float | None, noise: Still, label: int | None
 ) -> Iterator[Pixels]:
     condition = trained.condition(label, 1)
-    with tqdm(total=len(points), desc="frames", unit="img", disable=None, leave=False) as progress:
+    with Bar(total=len(points), desc="frames", unit="img", disable=None, leave=False) as progress:
         for start in range(0, len(points), trained.batch):
             part = points[start : start + trained.batch]
             if space == "style":

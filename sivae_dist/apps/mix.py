@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from sivae_dist.apps.output import claim
 from sivae_dist.apps.sheet import sheet
@@ -15,6 +14,7 @@ from sivae_dist.apps.sources import code_of, described, image_range, name_of
 from sivae_dist.engine.load import Noise, Trained
 from sivae_dist.errors import UserError
 from sivae_dist.evaluation.grids import Pixels, cells, save_png
+from sivae_dist.progress import Bar
 
 NAMES = ("coarse", "middle", "fine")
 MOST = 32  # sources a side
@@ -49,7 +49,7 @@ def mix(
     chosen = torch.zeros(styles.shape[1], dtype=torch.bool, device=styles.device)
     chosen[list(numbers)] = True
     matrix: list[list[Pixels | None]] = [[None, *own[len(rows) :]]]
-    for i in tqdm(range(len(rows)), desc="rows", disable=None, leave=False):
+    for i in Bar(range(len(rows)), desc="rows", disable=None, leave=False):
         mixed = torch.where(chosen[None, :, None], of_columns, of_rows[i : i + 1])
         matrix.append([own[i], *cells(trained.synthesise(mixed, noise=noise), input_range)])
     places = f"{resolutions[numbers[0]]}" + (

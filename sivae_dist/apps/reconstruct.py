@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from sivae_dist.apps.output import claim, write_aside
 from sivae_dist.apps.sheet import sheet
@@ -20,6 +19,7 @@ from sivae_dist.apps.sources import Picture, described, image_range, pictures
 from sivae_dist.engine.load import Noise, Trained
 from sivae_dist.evaluation.grids import Pixels, cells, save_png
 from sivae_dist.evaluation.reconstruction import psnr
+from sivae_dist.progress import Bar
 
 COLUMNS = 8
 
@@ -80,7 +80,7 @@ def reconstruct(
     originals: list[Pixels] = []
     copies: list[Pixels] = []
     adjusted = 0
-    with tqdm(desc="pictures", unit="img", disable=None, leave=False, total=n or None) as progress:
+    with Bar(desc="pictures", unit="img", disable=None, leave=False, total=n or None) as progress:
         for group in _grouped(pictures(where, trained, limit=n), trained.batch):
             x = torch.cat([picture.x for picture in group])
             labels = [picture.label if label is None else label for picture in group]

@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from sivae_dist.apps.output import claim, write_aside
 from sivae_dist.apps.sheet import sheet
@@ -18,6 +17,7 @@ from sivae_dist.apps.sources import described, image_range
 from sivae_dist.engine.load import Noise, Trained
 from sivae_dist.errors import UserError
 from sivae_dist.evaluation.grids import Pixels, cells, save_png
+from sivae_dist.progress import Bar
 
 MOST_IN_A_GRID = 4096
 
@@ -78,7 +78,7 @@ def sweep(
         raise UserError(f"{n} samples at {len(psis)} values of psi make no grid", "8 samples are usual")
     z = trained.z(n, seed)
     rows = []
-    for psi in tqdm(psis, desc="sweep", disable=None, leave=False):
+    for psi in Bar(psis, desc="sweep", disable=None, leave=False):
         x = trained.decode(z, truncation_psi=psi, noise=noise, seed=seed)
         rows.append(list(cells(x, image_range(trained))))
     title = f"Truncation, samples 0-{n - 1} of seed {seed}: {described(trained, noise=noise)}"
@@ -98,7 +98,7 @@ def class_labels(trained: Trained, n: int, label: int | None) -> Tensor | None:
 def _batches(
     trained: Trained, n: int, *, seed: int, psi: float | None, noise: Noise, labels: Tensor | None
 ) -> Iterator[Tensor]:
-    with tqdm(total=n, desc="samples", unit="img", disable=None, leave=False) as progress:
+    with Bar(total=n, desc="samples", unit="img", disable=None, leave=False) as progress:
         for first in range(0, n, trained.batch):
             count = min(trained.batch, n - first)
             condition = None if labels is None else trained.condition(labels[first : first + count], count)

@@ -17,14 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Literal, get_args
 
-from tqdm import tqdm
-
 from sivae_dist.distributed import launcher
 from sivae_dist.engine.config import RunConfig, from_dict, read_yaml, to_yaml
 from sivae_dist.engine.guard import GIVEN_UP
 from sivae_dist.engine.run_folder import RunFolder
 from sivae_dist.errors import UserError
 from sivae_dist.files import write_atomically
+from sivae_dist.progress import Bar
 from sivae_dist.resources import configs_dir
 
 DensityName = Literal["8gaussians", "2spirals", "checkerboard", "rings"]
@@ -193,7 +192,7 @@ def train(jobs: Sequence[Job], out: Path, *, at_once: int, progress: bool = True
     failed: list[Job] = []
     total = sum(job.config.train.total_nimg for job in jobs) / 1000
     bar = "{desc} {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} thousand points [{elapsed}<{remaining}{postfix}]"
-    with tqdm(total=total, desc="toy", bar_format=bar, disable=not progress, mininterval=1.0) as shown:
+    with Bar(total=total, desc="toy", bar_format=bar, disable=not progress, mininterval=1.0) as shown:
         shown.update(_done(jobs))
         shown.initial = shown.n  # time left is told from what is done now
         try:

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from sivae_dist.data import pack_aside
 from sivae_dist.data.manifest import FILE_NAME, SPLITS, Manifest
@@ -39,6 +38,7 @@ from sivae_dist.data.sources.base import Source
 from sivae_dist.data.stores.folder import FolderStore
 from sivae_dist.errors import UserError
 from sivae_dist.files import expanded, sync, write_atomically
+from sivae_dist.progress import Bar
 
 _PROBES = 16  # pictures encoded beforehand to estimate the size
 _TAR_OVERHEAD = 512 + 1024  # header of the picture, and its small JSON member with header
@@ -109,7 +109,7 @@ def pack(
         )
         remaining = sum(len(t.offsets) for t in todo)
         _check_space(destination, remaining, means)
-        bar = tqdm(total=len(items), initial=len(items) - remaining, unit="img", desc="packing", disable=not progress)
+        bar = Bar(total=len(items), initial=len(items) - remaining, unit="img", desc="packing", disable=not progress)
         with bar:
             for result in run_tasks(work, todo, usable_cores() if workers is None else workers, bar.update):
                 done[result.name] = result

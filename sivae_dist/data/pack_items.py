@@ -16,7 +16,6 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from tqdm import tqdm
 
 from sivae_dist.counters import key as counter_key
 from sivae_dist.counters import permutation
@@ -24,6 +23,7 @@ from sivae_dist.data.manifest import MAX_CLASSES, MAX_KEY, SPLITS, is_key
 from sivae_dist.data.shard_write import member_header
 from sivae_dist.data.sources.base import Item, Source
 from sivae_dist.errors import UserError
+from sivae_dist.progress import Bar
 
 _FIX = "correct the data source"
 _ALWAYS_FITS = 95  # a tar header holds names of 100 characters, longer ones only if they can be cut at a slash
@@ -104,7 +104,7 @@ def list_items(source: Source, path: Path, *, val_fraction: float, val_count: in
 @contextmanager
 def _listing(source: Source, progress: bool) -> Iterator[Iterable[Item]]:
     """The source's items with a bar of their progress, and of the files found while a large folder is read."""
-    with tqdm(source.items(), unit="img", desc="listing", disable=not progress) as bar:
+    with Bar(source.items(), unit="img", desc="listing", disable=not progress) as bar:
         if not hasattr(source, "tell"):
             yield bar
             return

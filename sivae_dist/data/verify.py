@@ -14,7 +14,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from tqdm import tqdm
 
 from sivae_dist.data.manifest import MAX_MEMBER_BYTES, Manifest, ShardInfo, is_key
 from sivae_dist.data.procs import Tick, run_tasks, usable_cores
@@ -22,6 +21,7 @@ from sivae_dist.data.shard_read import Index, ShardReader, load_manifest
 from sivae_dist.data.shard_write import BLOCK
 from sivae_dist.data.store import Access, Store, open_store
 from sivae_dist.errors import UserError
+from sivae_dist.progress import Bar
 
 _READ_AT_ONCE = 8 << 20
 _LISTED_PER_SHARD = 20
@@ -65,7 +65,7 @@ def verify(url: str, *, workers: int | None = None, progress: bool = True) -> Ve
     work = functools.partial(_verify_shard, url=url, manifest=manifest)
     processes = usable_cores() if workers is None else workers
     total = sum(s.count for s in manifest.shards)
-    with tqdm(total=total, unit="img", desc="verifying", disable=not progress) as bar:
+    with Bar(total=total, unit="img", desc="verifying", disable=not progress) as bar:
         for report in run_tasks(work, manifest.shards, processes, bar.update):
             decoded += report.decoded
             problems += report.problems

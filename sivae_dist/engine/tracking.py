@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from sivae_dist.engine.run_folder import RunFolder
 from sivae_dist.errors import UserError
 from sivae_dist.files import write_atomically
+from sivae_dist.progress import Bar
 
 # What the progress line shows behind the bar, where a run reports it.
 SHOWN = {
@@ -152,7 +152,7 @@ class Progress:
 
     def __init__(self, total_nimg: int, nimg: int, *, enabled: bool) -> None:
         bar = "{desc} {percentage:3.0f}%|{bar}| {n:.1f}/{total:.1f} kimg [{elapsed}<{remaining}{postfix}]"
-        self._bar = tqdm(
+        self._bar = Bar(
             total=total_nimg / 1000,
             initial=nimg / 1000,
             desc="training",

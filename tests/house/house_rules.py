@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 PACKAGE = "sivae_dist"
-FOUNDATION = {"errors", "registry", "counters", "devices", "files", "resources"}
+FOUNDATION = {"errors", "registry", "counters", "devices", "files", "progress", "resources"}
 MIDDLE = {"objectives", "models", "data", "distributed", "evaluation", "interop"}
 # Higher imports lower or equal, never the other way. `__init__` is the package's own file: the API on top of all.
 LAYER = (

@@ -31,6 +31,15 @@ def test_imports_run_one_way() -> None:
     assert not rules.import_violations(ROOT)
 
 
+def test_bars_have_the_lock_of_their_process() -> None:
+    """See sivae_dist/progress.py."""
+    paths = rules.python_files(ROOT)
+    using = [
+        p.name for p in paths if any(n.split(".")[0] == "tqdm" for _, n in rules.imported(rules.parse(p), p, ROOT))
+    ]
+    assert using == ["progress.py"]
+
+
 @pytest.mark.parametrize(
     ("files", "complaint"),
     [
