@@ -44,8 +44,8 @@ def toy(
         tune_iterations: Iterations of each of these trials.
         finalists: So many of the best trials of each are trained to the end, with the first seed, and the best of
             these is taken. 1: the best of the short trials, unseen.
-        refine: Then try so many changes of each choice (every weight halved in turn, then doubled, ...), trained to
-            the end with the first seed, and take the best; around the recipes', or those of --tuned. See tune.json.
+        refine: Try so many changes of each setting (every weight halved in turn, then doubled, ...), trained to
+            the end with the first seed, and train with the best. Around the recipes, or what --tuned has.
         tuned: Train with the settings of this tune.json instead of the recipes'.
         precision: bf16 computes the networks in half precision, in about two thirds of the time.
         jobs: Models trained at once, one thread each.
