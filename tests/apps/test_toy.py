@@ -343,13 +343,18 @@ def test_a_run_folder_of_a_job_is_an_ordinary_one(job: Job) -> None:
 
 @pytest.mark.parametrize(
     ("rows", "tuned", "options"),
-    [("toy2d.json", None, {}), ("toy2d_tuned.json", "toy2d_tune.json", {"stop_after": 20_000})],
+    [
+        ("toy2d.json", None, {}),
+        ("toy2d_tuned.json", "toy2d_tune.json", {"stop_after": 20_000}),
+        ("toy2d_refined.json", "toy2d_refine.json", {"stop_after": 20_000}),
+    ],
 )
 def test_the_rows_in_the_docs_fit_the_recipes(
     tmp_path: Path, rows: str, tuned: str | None, options: dict[str, int]
 ) -> None:
     """So that `--also` takes them all, and no recipe is changed without training anew."""
     docs = Path(__file__).parents[2] / "docs"
-    settings = toy_tune.read(docs / tuned, toy.DENSITIES, toy.OBJECTIVES) if tuned is not None else None
-    jobs = toy.plan(tmp_path, toy.DENSITIES, toy.OBJECTIVES, seeds=[10_000], tuned=settings, **options)
+    densities = sorted({row["density"] for row in json.loads((docs / rows).read_text())["runs"]})
+    settings = toy_tune.read(docs / tuned, densities, toy.OBJECTIVES) if tuned is not None else None
+    jobs = toy.plan(tmp_path, densities, toy.OBJECTIVES, seeds=[10_000], tuned=settings, **options)
     assert toy_report.rows_from(docs / rows, jobs) == json.loads((docs / rows).read_text())["runs"] != []
