@@ -354,7 +354,8 @@ def test_the_rows_in_the_docs_fit_the_recipes(
 ) -> None:
     """So that `--also` takes them all, and no recipe is changed without training anew."""
     docs = Path(__file__).parents[2] / "docs"
-    densities = sorted({row["density"] for row in json.loads((docs / rows).read_text())["runs"]})
+    told = json.loads((docs / rows).read_text())["runs"]
+    densities = sorted({row["density"] for row in told})
     settings = toy_tune.read(docs / tuned, densities, toy.OBJECTIVES) if tuned is not None else None
     jobs = toy.plan(tmp_path, densities, toy.OBJECTIVES, seeds=[10_000], tuned=settings, **options)
-    assert toy_report.rows_from(docs / rows, jobs) == json.loads((docs / rows).read_text())["runs"] != []
+    assert toy_report.rows_from(docs / rows, jobs) == told != []
